@@ -1,0 +1,156 @@
+"""What replay cannot do yet, or cannot do with the installed TRL: refused at construction, with the way out."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import trl
+from transformers import ProcessorMixin
+from trl import GRPOTrainer
+
+from .config import ExGRPOConfig
+
+# Methods that ExGRPOTrainer wraps, with the parameters it relies on.
+_HOOKS = {
+    "_generate_and_score_completions": ("inputs",),
+    "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep"),
+    "_tokenize_prompts": ("prompts",),
+    "_log_completion_extra": ("column", "values"),
+    "compute_loss": ("model", "inputs"),
+    "_get_train_sampler": (),
+    "_save_checkpoint": ("model", "trial"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+}
+_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+
+def check_hooks(trainer_class: type = GRPOTrainer) -> None:
+    """
+    Check that TRL's trainer has the methods that replay wraps.
+
+    Args:
+        trainer_class (`type`, *optional*, defaults to [`~trl.GRPOTrainer`]):
+            Trainer to check.
+
+    Raises:
+        `RuntimeError`:
+            When a method or a parameter is missing; names it and the TRL version.
+    """
+    for name, expected in _HOOKS.items():
+        method = getattr(trainer_class, name, None)
+        parameters = inspect.signature(method).parameters if callable(method) else {}
+        missing = [parameter for parameter in expected if parameter not in parameters]
+        if not callable(method) or missing:
+            what = f"parameters {missing} of {name}()" if missing and callable(method) else f"{name}()"
+            raise RuntimeError(
+                f"exgrpo-trl relies on {what} of {trainer_class.__name__}, which trl {trl.__version__} does not have. "
+                "Upgrade exgrpo-trl, or install a TRL release that it supports (see its README)."
+            )
+
+
+def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
+    """
+    Refuse what replay does not support, before a model is loaded.
+
+    Args:
+        arguments (`Mapping[str, Any]`):
+            Arguments of the trainer by name.
+        args ([`ExGRPOConfig`]):
+            Its configuration.
+
+    Raises:
+        `ValueError` or `NotImplementedError`:
+            With the reason and the way out.
+    """
+    check_hooks()
+    way_out = "Remove it, or set replay_fraction=0 to train with plain GRPO."
+    unsupported = {
+        "tools": "a stored completion would repeat real tool calls",
+        "environment_factory": "a stored completion would act in a real environment",
+        "rollout_func": "it generates on its own, so that no stored completion can be put into its rollouts",
+    }
+    for name, reason in unsupported.items():
+        if arguments.get(name):
+            raise NotImplementedError(f"Replay does not support {name}: {reason}. {way_out}")
+    if args.use_vllm:
+        raise NotImplementedError(
+            f"Replay does not support use_vllm=True yet: vLLM generates whole groups. {way_out}"
+        )
+    if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
+        raise NotImplementedError(
+            f"Replay does not support use_liger_kernel=True on trl {trl.__version__}: its fused loss never shows the "
+            f"log-probabilities that a stored completion needs. Set use_liger_kernel=False or upgrade TRL to 1.14 or "
+            "later."
+        )
+    if args.world_size > 1:
+        raise NotImplementedError(
+            f"Replay does not support {args.world_size} processes yet. Run one process, or set replay_fraction=0."
+        )
+    if args.loss_type not in _LOSS_TYPES:
+        raise NotImplementedError(
+            f"Replay has no definition for loss_type={args.loss_type!r}. Choose one of {', '.join(_LOSS_TYPES)}."
+        )
+    if args.loss_type == "luspo" and args.importance_sampling_level != "sequence":
+        raise ValueError(
+            f"loss_type='luspo' weighs whole sequences, but importance_sampling_level="
+            f"{args.importance_sampling_level!r}. Set importance_sampling_level='sequence'."
+        )
+    if args.beta != 0 and getattr(args, "use_bias_correction_kl", False):
+        raise NotImplementedError(
+            "Replay does not support use_bias_correction_kl=True: TRL would correct the KL term of a stored completion "
+            "by a ratio that does not belong to it. Set use_bias_correction_kl=False or beta=0."
+        )
+    num_groups = args.generation_batch_size // args.num_generations
+    if num_groups_to_replay(args) == 0:
+        raise ValueError(
+            f"replay_fraction={args.replay_fraction} of the {num_groups} question(s) of a generation batch is less "
+            f"than one question, so nothing would ever be replayed. Raise replay_fraction, or the generation batch "
+            f"(generation_batch_size={args.generation_batch_size}, num_generations={args.num_generations})."
+        )
+    _check_columns(arguments.get("train_dataset"))
+
+
+def check_processing_class(processing_class: Any, success_reward: str | None, reward_names: list[str]) -> None:
+    """
+    Refuse vision-language processors and reward names that do not exist, once TRL has resolved them.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Processing class of the trainer.
+        success_reward (`str` or `None`):
+            Name of the reward function that decides correctness.
+        reward_names (`list[str]`):
+            Names of the reward functions.
+
+    Raises:
+        `ValueError` or `NotImplementedError`:
+            With the reason and the way out.
+    """
+    if isinstance(processing_class, ProcessorMixin):
+        raise NotImplementedError(
+            f"Replay does not support vision-language models ({type(processing_class).__name__}): images are not "
+            "stored. Train a text model, or set replay_fraction=0."
+        )
+    if success_reward is not None and success_reward not in reward_names:
+        raise ValueError(
+            f"success_reward={success_reward!r} is not a reward function of this trainer, which has {reward_names}. "
+            "Name one of these, or use None for the weighted sum."
+        )
+
+
+def num_groups_to_replay(args: ExGRPOConfig) -> int:
+    """Most questions of a generation batch that are replayed, `floor(rho * G)`."""
+    # The small addition keeps products such as 0.29 * 100 from falling below their integer.
+    return int(args.replay_fraction * (args.generation_batch_size // args.num_generations) + 1e-9)
+
+
+def _check_columns(dataset: Any) -> None:
+    columns = getattr(dataset, "column_names", None) or []
+    images = [column for column in columns if column in ("image", "images")]
+    if images:
+        raise NotImplementedError(
+            f"Replay does not support the image columns {images} of the training dataset: images are not stored. "
+            "Remove them, or set replay_fraction=0."
+        )

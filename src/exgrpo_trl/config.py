@@ -1,0 +1,205 @@
+"""[`ExGRPOConfig`]: TRL's `GRPOConfig` plus the fields of experience replay."""
+
+import math
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+from trl import GRPOConfig
+
+from .losses import REPLAY_WEIGHTINGS
+from .sampling import COMPLETION_SELECTORS, QUESTION_SAMPLERS
+
+_DIFFICULTIES = ("success_rate", "reward_std")
+
+
+@dataclass
+class ExGRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`ExGRPOTrainer`].
+
+    This class includes only the parameters that are specific to experience replay. For the others, please refer to
+    the [`~trl.GRPOConfig`] documentation. The defaults are those of the paper, [ExGRPO: Learning to Reason from
+    Experience](https://huggingface.co/papers/2510.02245).
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control what is replayed
+
+        replay_fraction (`float`, *optional*, defaults to `0.5`):
+            Share of the questions of a generation batch that are replayed, rho in the paper, in [0, 1). `0` turns
+            replay off: training is then exactly GRPO.
+        replay_start_pass_rate (`float` or `None`, *optional*, defaults to `0.35`):
+            Replay and collection begin with the batch after the first whose share of correct fresh completions
+            exceeded this value (the delayed start of the paper), in [0, 1). `None` begins at once.
+        question_sampling (`str`, *optional*, defaults to `"gaussian"`):
+            How questions are drawn from the buffer: `"gaussian"` (buckets of medium difficulty first), `"uniform"`
+            (every bucket alike) or `"random"` (every question alike).
+        bucket_mean (`float`, *optional*, defaults to `0.5`):
+            Mean of the Gaussian over buckets, as a share of `num_generations`, in [0, 1].
+        bucket_std (`float`, *optional*, defaults to `1.0`):
+            Standard deviation of the Gaussian over buckets, in correct completions, above 0.
+        completion_selection (`str`, *optional*, defaults to `"lowest_entropy"`):
+            Which stored completion of a drawn question is replayed: `"lowest_entropy"`,
+            `"lowest_negative_log_likelihood"`, `"highest_entropy"` (all three under the current policy), `"random"`
+            or `"most_recent"`.
+
+        > Parameters that control what counts as a success
+
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            A completion is correct when its success reward is at least this value.
+        success_reward (`str` or `None`, *optional*, defaults to `None`):
+            Name of the reward function that decides correctness. `None` uses the weighted sum of all of them.
+        difficulty (`str`, *optional*, defaults to `"success_rate"`):
+            What the bucket of a question measures: `"success_rate"` (correct completions in its latest group) or
+            `"reward_std"` (spread of its rewards, for continuous rewards; completions with positive advantage are
+            stored).
+        question_id_column (`str` or `None`, *optional*, defaults to `None`):
+            Dataset column that identifies a question. `None` uses a hash of the prompt.
+
+        > Parameters that control the loss of replayed completions
+
+        replay_weighting (`str`, *optional*, defaults to `"shaped"`):
+            Importance weight of a replayed token: `"shaped"` (the paper), `"balanced"` (the same shape, scaled to pull
+            as hard as a fresh token at ratio 1), `"clipped"`, `"truncated"` or `"none"`.
+        shaping_beta (`float`, *optional*, defaults to `0.1`):
+            Constant beta of `f(w) = w / (w + beta)`, above 0.
+
+        > Parameters that control the buffer
+
+        buffer_capacity (`int` or `None`, *optional*, defaults to `None`):
+            Most completions kept; the oldest are evicted. `None` keeps all.
+        max_completions_per_question (`int` or `None`, *optional*, defaults to `None`):
+            Most completions kept per question; the oldest are evicted. `None` keeps all.
+        max_staleness (`int` or `None`, *optional*, defaults to `None`):
+            Age in optimizer steps beyond which a completion is evicted instead of replayed. `None` sets no limit.
+        retire_solved (`bool`, *optional*, defaults to `True`):
+            Whether a question leaves the buffer for good once all completions of a group were correct.
+        drop_retired_questions (`bool`, *optional*, defaults to `True`):
+            Whether retired questions also leave the training dataset from the next epoch on. The number of steps per
+            epoch stays; the remaining questions come up more often. Has no effect on iterable datasets.
+    """
+
+    replay_fraction: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the questions of a generation batch that are replayed, in [0, 1). 0 turns replay off."
+        },
+    )
+    replay_start_pass_rate: float | None = field(
+        default=0.35,
+        metadata={
+            "help": "Replay and collection begin with the batch after the first whose share of correct fresh "
+            "completions exceeded this value, in [0, 1). None (null in YAML) begins at once."
+        },
+    )
+    question_sampling: str = field(
+        default="gaussian",
+        metadata={"help": "How questions are drawn from the buffer.", "choices": list(QUESTION_SAMPLERS)},
+    )
+    bucket_mean: float = field(
+        default=0.5, metadata={"help": "Mean of the Gaussian over buckets, as a share of num_generations."}
+    )
+    bucket_std: float = field(
+        default=1.0, metadata={"help": "Standard deviation of the Gaussian over buckets, in correct completions."}
+    )
+    completion_selection: str = field(
+        default="lowest_entropy",
+        metadata={
+            "help": "Which stored completion of a drawn question is replayed.",
+            "choices": list(COMPLETION_SELECTORS),
+        },
+    )
+    success_threshold: float = field(
+        default=1.0,
+        metadata={"help": "A completion is correct when its success reward is at least this value."},
+    )
+    success_reward: str | None = field(
+        default=None,
+        metadata={"help": "Name of the reward function that decides correctness. None: the weighted sum."},
+    )
+    difficulty: str = field(
+        default="success_rate",
+        metadata={
+            "help": "What the bucket of a question measures: the success rate or, for continuous rewards, the "
+            "standard deviation of its rewards.",
+            "choices": list(_DIFFICULTIES),
+        },
+    )
+    question_id_column: str | None = field(
+        default=None,
+        metadata={"help": "Dataset column that identifies a question. None: a hash of the prompt."},
+    )
+    replay_weighting: str = field(
+        default="shaped",
+        metadata={"help": "Importance weight of a replayed token.", "choices": list(REPLAY_WEIGHTINGS)},
+    )
+    shaping_beta: float = field(default=0.1, metadata={"help": "Constant beta of f(w) = w / (w + beta), above 0."})
+    buffer_capacity: int | None = field(
+        default=None, metadata={"help": "Most completions kept; the oldest are evicted. None keeps all."}
+    )
+    max_completions_per_question: int | None = field(
+        default=None,
+        metadata={"help": "Most completions kept per question; the oldest are evicted. None keeps all."},
+    )
+    max_staleness: int | None = field(
+        default=None,
+        metadata={"help": "Age in optimizer steps beyond which a completion is evicted instead of replayed."},
+    )
+    retire_solved: bool = field(
+        default=True,
+        metadata={"help": "Whether a question leaves the buffer once all completions of a group were correct."},
+    )
+    drop_retired_questions: bool = field(
+        default=True,
+        metadata={"help": "Whether retired questions leave the training dataset from the next epoch on."},
+    )
+
+    def __post_init__(self) -> None:
+        _check_range("replay_fraction", self.replay_fraction, 0, 1, high_excluded=True)
+        if self.replay_start_pass_rate is not None:
+            _check_range("replay_start_pass_rate", self.replay_start_pass_rate, 0, 1, high_excluded=True)
+        _check_range("bucket_mean", self.bucket_mean, 0, 1)
+        _check_range("bucket_std", self.bucket_std, 0, math.inf, low_excluded=True, high_excluded=True)
+        _check_range("shaping_beta", self.shaping_beta, 0, math.inf, low_excluded=True, high_excluded=True)
+        _check_range(
+            "success_threshold", self.success_threshold, -math.inf, math.inf, low_excluded=True, high_excluded=True
+        )
+        for name in ("buffer_capacity", "max_completions_per_question"):
+            _check_count(name, getattr(self, name), minimum=1)
+        _check_count("max_staleness", self.max_staleness, minimum=0)
+        _check_choice("question_sampling", self.question_sampling, QUESTION_SAMPLERS)
+        _check_choice("completion_selection", self.completion_selection, COMPLETION_SELECTORS)
+        _check_choice("replay_weighting", self.replay_weighting, REPLAY_WEIGHTINGS)
+        _check_choice("difficulty", self.difficulty, _DIFFICULTIES)
+        if isinstance(self.num_generations, Integral) and self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations} leaves no group to compare a completion with. "
+                "Set it to at least 2."
+            )
+        super().__post_init__()
+
+
+def _check_range(
+    name: str, value: Any, low: float, high: float, *, low_excluded: bool = False, high_excluded: bool = False
+) -> None:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    # Written so that NaN fails.
+    if is_number and (value > low if low_excluded else value >= low) and (value < high if high_excluded else value <= high):
+        return
+    interval = f"{'(' if low_excluded else '['}{low}, {high}{')' if high_excluded else ']'}"
+    raise ValueError(f"{name}={value!r} is out of range. It must be a number in {interval}.")
+
+
+def _check_count(name: str, value: Any, *, minimum: int) -> None:
+    if value is None or (isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum):
+        return
+    raise ValueError(f"{name}={value!r} is out of range. It must be an integer of at least {minimum}, or None.")
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, choices))}.")

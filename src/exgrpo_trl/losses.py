@@ -1,0 +1,211 @@
+"""Importance ratio and importance weights of a replayed completion: pure functions of tensors."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+REPLAY_WEIGHTINGS = ("shaped", "balanced", "clipped", "truncated", "none")
+
+# float32 overflows at exp(88.7); a ratio of exp(80) is far beyond anything a weighting distinguishes.
+_MAX_ABS_LOG_RATIO = 80.0
+
+
+class ImportanceWeight(NamedTuple):
+    """Weight of a replayed token (or sequence) and the factor of its policy gradient.
+
+    Attributes:
+        value (`torch.Tensor`):
+            The weight `u` in the objective `u * A`, without gradient.
+        gradient (`torch.Tensor`):
+            `du / d log pi`: the factor of `A * grad log pi`, without gradient.
+    """
+
+    value: torch.Tensor
+    gradient: torch.Tensor
+
+
+def importance_log_ratio(
+    per_token_logps: torch.Tensor,
+    behavior_per_token_logps: torch.Tensor,
+    mask: torch.Tensor,
+    level: str = "token",
+) -> torch.Tensor:
+    """
+    Log importance ratio of the current policy to the policy that generated the completion, in float32.
+
+    Args:
+        per_token_logps (`torch.Tensor`):
+            Log-probabilities under the current policy, shape `(B, T)`, nats.
+        behavior_per_token_logps (`torch.Tensor`):
+            Log-probabilities under the behaviour policy, shape `(B, T)`, nats.
+        mask (`torch.Tensor`):
+            1 for completion tokens and 0 for padding, shape `(B, T)`.
+        level (`str`, *optional*, defaults to `"token"`):
+            `"token"` for one ratio per token, `"sequence"` for the length-normalised ratio of GSPO.
+
+    Returns:
+        `torch.Tensor`:
+            Shape `(B, T)` for `"token"` and `(B, 1)` for `"sequence"`; 0 on padding.
+
+    Raises:
+        `ValueError`:
+            When `level` is unknown or the shapes differ.
+    """
+    if per_token_logps.shape != behavior_per_token_logps.shape or per_token_logps.shape != mask.shape:
+        raise ValueError(
+            f"Shapes differ: per_token_logps {tuple(per_token_logps.shape)}, behavior_per_token_logps "
+            f"{tuple(behavior_per_token_logps.shape)}, mask {tuple(mask.shape)}."
+        )
+    # `where`, not a product: padding may hold infinities.
+    log_ratio = torch.where(mask.bool(), per_token_logps.float() - behavior_per_token_logps.float(), 0.0)
+    if level == "token":
+        return log_ratio
+    if level == "sequence":
+        return log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    raise ValueError(f"level={level!r} is unknown. Choose 'token' or 'sequence'.")
+
+
+def policy_shaping(log_ratio: torch.Tensor, beta: float) -> torch.Tensor:
+    """
+    `f(w) = w / (w + beta)` at `w = exp(log_ratio)`, computed as `sigmoid(log w - log beta)` (ExGRPO, Eq. 4).
+
+    Args:
+        log_ratio (`torch.Tensor`):
+            Log importance ratio, any shape.
+        beta (`float`):
+            Shaping constant, above 0.
+
+    Returns:
+        `torch.Tensor`:
+            Same shape, in (0, 1). Neither overflows nor divides by zero.
+    """
+    return torch.sigmoid(log_ratio - math.log(beta))
+
+
+@torch.no_grad()
+def importance_weight(
+    log_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    weighting: str = "shaped",
+    *,
+    beta: float = 0.1,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+) -> ImportanceWeight:
+    """
+    Weight of a replayed token and the factor of its policy gradient, for one of five weightings.
+
+    | weighting | value | gradient |
+    | --- | --- | --- |
+    | `"shaped"` (ExGRPO, Eq. 4) | `f(w) = w / (w + beta)` | `beta w / (w + beta)^2` |
+    | `"balanced"` | `(1 + beta)^2 / beta * f(w)` | `(1 + beta)^2 w / (w + beta)^2`, 1 at `w = 1` |
+    | `"clipped"` (PPO) | `min(w A, clip(w, 1 - epsilon_low, 1 + epsilon_high) A) / A` | `w`, or 0 where clipped |
+    | `"truncated"` (V-trace) | `min(w, 1)` | `min(w, 1)` |
+    | `"none"` | 1 | 1 |
+
+    Args:
+        log_ratio (`torch.Tensor`):
+            Log importance ratio, shape `(B, T)` or `(B, 1)`.
+        advantages (`torch.Tensor`):
+            Advantages, broadcastable to `log_ratio`; only their sign matters, and only for `"clipped"`.
+        weighting (`str`, *optional*, defaults to `"shaped"`):
+            One of the names above.
+        beta (`float`, *optional*, defaults to `0.1`):
+            Shaping constant of `"shaped"` and `"balanced"`.
+        epsilon_low (`float`, *optional*, defaults to `0.2`):
+            Lower clipping range of `"clipped"`.
+        epsilon_high (`float`, *optional*, defaults to `0.2`):
+            Upper clipping range of `"clipped"`.
+
+    Returns:
+        [`ImportanceWeight`]:
+            Value and gradient factor, both with the shape of `log_ratio`.
+
+    Raises:
+        `ValueError`:
+            When `weighting` is unknown.
+    """
+    if weighting in ("shaped", "balanced"):
+        scale = (1 + beta) ** 2 / beta if weighting == "balanced" else 1.0
+        shifted = log_ratio - math.log(beta)
+        # f (1 - f) with 1 - f = sigmoid(-x), which keeps its digits where f rounds to 1.
+        gradient = torch.sigmoid(shifted) * torch.sigmoid(-shifted)
+        return ImportanceWeight(scale * torch.sigmoid(shifted), scale * gradient)
+    if weighting == "none":
+        return ImportanceWeight(torch.ones_like(log_ratio), torch.ones_like(log_ratio))
+    ratio = torch.exp(log_ratio.clamp(-_MAX_ABS_LOG_RATIO, _MAX_ABS_LOG_RATIO))
+    if weighting == "truncated":
+        return ImportanceWeight(ratio.clamp(max=1.0), ratio.clamp(max=1.0))
+    if weighting == "clipped":
+        upper, lower = 1 + epsilon_high, 1 - epsilon_low
+        is_positive = (advantages >= 0).expand_as(ratio)
+        value = torch.where(is_positive, ratio.clamp(max=upper), ratio.clamp(min=lower))
+        is_clipped = torch.where(is_positive, ratio > upper, ratio < lower)
+        return ImportanceWeight(value, ratio.masked_fill(is_clipped, 0.0))
+    raise ValueError(f"replay_weighting={weighting!r} is unknown. Choose one of {', '.join(REPLAY_WEIGHTINGS)}.")
+
+
+def with_gradient(weight: ImportanceWeight, log_ratio: torch.Tensor) -> torch.Tensor:
+    """
+    A tensor with the value of `weight.value` whose derivative with respect to `log_ratio` is `weight.gradient`.
+
+    Args:
+        weight ([`ImportanceWeight`]):
+            Value and gradient factor.
+        log_ratio (`torch.Tensor`):
+            Log importance ratio with its graph, the shape of the weight.
+
+    Returns:
+        `torch.Tensor`:
+            Shape of `log_ratio`.
+    """
+    return weight.value + weight.gradient * (log_ratio - log_ratio.detach())
+
+
+def mixed_advantages(
+    advantages: torch.Tensor,
+    log_ratio: torch.Tensor,
+    is_replayed: torch.Tensor,
+    *,
+    loss_type: str,
+    weighting: str = "shaped",
+    beta: float = 0.1,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+) -> torch.Tensor:
+    """
+    Advantages with which TRL's surrogate at ratio 1 becomes the weighted term of the replayed completions.
+
+    TRL multiplies ratio and advantage after its forward. A replayed row is shown to it with ratio 1 and the advantage
+    `u(w) A`, graph included, so that TRL's own normaliser, KL term, entropy bonus and metrics apply.
+
+    Args:
+        advantages (`torch.Tensor`):
+            Group advantages, shape `(B,)`.
+        log_ratio (`torch.Tensor`):
+            Log importance ratio with its graph, shape `(B, T)` or `(B, 1)`; only replayed rows are read.
+        is_replayed (`torch.Tensor`):
+            Which rows hold a stored completion, boolean, shape `(B,)`.
+        loss_type (`str`):
+            TRL's loss type. `"cispo"` and `"vespo"` multiply the advantage with `log pi`, so they take the gradient
+            factor itself; `"sapo"` scales ratio 1 by `2 / temperature`, which is undone.
+        weighting, beta, epsilon_low, epsilon_high:
+            As for [`importance_weight`].
+        sapo_temperatures (`tuple[float, float]`, *optional*, defaults to `(1.0, 1.05)`):
+            Temperatures of `"sapo"` for positive and for other advantages.
+
+    Returns:
+        `torch.Tensor`:
+            Shape of `log_ratio`; rows that are not replayed hold their advantage unchanged.
+    """
+    fresh = advantages.unsqueeze(1).expand_as(log_ratio)
+    weight = importance_weight(
+        log_ratio.detach(), fresh, weighting, beta=beta, epsilon_low=epsilon_low, epsilon_high=epsilon_high
+    )
+    factor = weight.gradient if loss_type in ("cispo", "vespo") else with_gradient(weight, log_ratio)
+    if loss_type == "sapo":
+        positive, other = sapo_temperatures
+        factor = factor * torch.where(fresh > 0, positive, other) / 2
+    return torch.where(is_replayed.unsqueeze(1), factor * fresh, fresh)

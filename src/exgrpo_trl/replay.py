@@ -1,0 +1,288 @@
+"""What is replayed when, and what is collected: the steps of the method around one generation batch, free of TRL."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from typing import Any, Protocol
+
+import numpy as np
+from transformers.utils import logging
+
+from .config import ExGRPOConfig
+from .experience import Candidate, Experience, Question
+from .monitoring import ReplayMetrics
+from .rollouts import PendingBatch, Replay, plan_groups
+from .sampling import CompletionSelector, QuestionSampler, requires_scores
+
+logger = logging.get_logger(__name__)
+
+# Generation batches without a single success after which the threshold is doubted.
+_PATIENCE = 10
+
+
+class ReplayBuffer(Protocol):
+    """What the trainer asks of a buffer. `retired` iterates in the order of retirement."""
+
+    provenance: dict[str, Any]
+    replay_state: dict[str, Any]
+
+    @property
+    def num_questions(self) -> int: ...
+    @property
+    def retired(self) -> Set[str]: ...
+    def collect(
+        self,
+        question: Question,
+        experiences: Sequence[Experience],
+        *,
+        num_correct: int,
+        group_size: int,
+        bucket: int | None = None,
+    ) -> int: ...
+    def sample_questions(self, n: int, sampler: QuestionSampler | None = None) -> Sequence[str]: ...
+    def question(self, question_id: str) -> Question: ...
+    def completions(self, question_id: str) -> Sequence[Experience]: ...
+    def buckets(self) -> Mapping[int, Sequence[str]]: ...
+    def retire(self, question_id: str) -> None: ...
+    def evict(self, question_id: str, experience: Experience) -> bool: ...
+    def evict_older_than(self, policy_version: int) -> int: ...
+    def metrics(self) -> Mapping[str, float]: ...
+    def save(self, path: Any) -> None: ...
+
+
+class Replayer:
+    """
+    Draws stored completions for a generation batch and collects the successes of the one before.
+
+    Args:
+        buffer ([`ReplayBuffer`]):
+            Experience buffer.
+        args ([`ExGRPOConfig`]):
+            Configuration of the trainer.
+        question_sampler ([`QuestionSampler`]):
+            Draws questions.
+        completion_selector ([`CompletionSelector`]):
+            Picks one of the stored completions of a question.
+    """
+
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        args: ExGRPOConfig,
+        question_sampler: QuestionSampler,
+        completion_selector: CompletionSelector,
+    ) -> None:
+        self.buffer = buffer
+        self.args = args
+        self.question_sampler = question_sampler
+        self.completion_selector = completion_selector
+        self.rng = np.random.default_rng(args.seed)
+        self.metrics = ReplayMetrics()
+        self.is_started = args.replay_start_pass_rate is None
+        self.tokens_saved = 0
+        self._pending: PendingBatch | None = None
+        self._best_reward = -np.inf
+        self._num_batches_without_success: int | None = 0  # None once a success was seen or the warning given
+
+    def draw_questions(self, n: int, policy_version: int) -> list[str]:
+        """
+        Draw at most `n` questions to replay.
+
+        Args:
+            n (`int`):
+                Most questions to draw.
+            policy_version (`int`):
+                Optimizer steps taken so far.
+
+        Returns:
+            `list[str]`:
+                Question ids; empty before the delayed start.
+
+        Raises:
+            `ValueError`:
+                When a custom buffer returns too many, duplicate or unknown questions.
+        """
+        if not self.is_started:
+            return []
+        if self.args.max_staleness is not None:
+            self.buffer.evict_older_than(policy_version - self.args.max_staleness)
+        n = min(n, self.buffer.num_questions)
+        if n == 0:
+            return []
+        question_ids = list(self.buffer.sample_questions(n, self.question_sampler))
+        source = f"{type(self.buffer).__name__}.sample_questions({n})"
+        if len(question_ids) > n:
+            raise ValueError(f"{source} returned {len(question_ids)} questions. Return at most {n}.")
+        duplicates = {question_id for question_id in question_ids if question_ids.count(question_id) > 1}
+        if duplicates:
+            raise ValueError(f"{source} returned {sorted(duplicates)} more than once. Return distinct question ids.")
+        for question_id in question_ids:
+            try:
+                is_known = len(self.buffer.completions(question_id)) > 0
+            except KeyError:
+                is_known = False
+            if not is_known:
+                raise ValueError(
+                    f"{source} returned {question_id!r}, which has no stored completion. Return ids of stored questions."
+                )
+        return question_ids
+
+    def needs_scores(self, question_id: str) -> bool:
+        """Whether the candidates of a question have to be scored: there is a choice, and it depends on scores."""
+        return requires_scores(self.completion_selector) and len(self.buffer.completions(question_id)) > 1
+
+    def select(self, candidates: Mapping[str, Sequence[Candidate]], num_groups: int) -> list[Replay]:
+        """
+        Pick one stored completion per question and a group of the generation batch for it.
+
+        Args:
+            candidates (`Mapping[str, Sequence[Candidate]]`):
+                Candidates by question id.
+            num_groups (`int`):
+                Groups in the generation batch.
+
+        Returns:
+            `list[Replay]`:
+                Ascending by group.
+
+        Raises:
+            `ValueError`:
+                When the selector returns no index of a candidate.
+        """
+        replays = []
+        groups = plan_groups(num_groups, len(candidates), self.rng)
+        for group, (question_id, choices) in zip(groups, candidates.items(), strict=True):
+            index = self.completion_selector(choices, self.rng) if len(choices) > 1 else 0
+            if not 0 <= index < len(choices):
+                raise ValueError(
+                    f"The completion selector returned {index!r} for {len(choices)} candidates. Return the index of one."
+                )
+            chosen = choices[index]
+            replays.append(Replay(self.buffer.question(question_id), chosen.experience, group, chosen.entropy))
+        return replays
+
+    def observe(self, batch: PendingBatch) -> None:
+        """Take over a scored generation batch; it is collected once its log-probabilities are known."""
+        self._pending = batch
+        is_fresh, rewards = batch.is_fresh, batch.rewards
+        self.tokens_saved += sum(replay.experience.num_tokens for replay in batch.replays.values())
+        fresh_rewards = rewards[is_fresh]
+        self.metrics.add(
+            fresh__pass_rate=float(batch.is_correct[is_fresh].mean()),
+            fresh__reward=_nanmean(fresh_rewards),
+            fresh__reward_std=_nanmean(np.nanstd(_scored_rows(rewards, is_fresh), axis=1)),
+            fresh__frac_groups_without_signal=float(np.mean([len(set(row)) == 1 for row in rewards.tolist()])),
+            replay__active=float(self.is_started),
+            replay__fraction=len(batch.replays) / len(batch.questions),
+            replay__tokens_saved=self.tokens_saved,
+        )
+        if batch.replays:
+            staleness = [batch.policy_version - r.experience.policy_version for r in batch.replays.values()]
+            entropies = [r.entropy for r in batch.replays.values() if r.entropy is not None]
+            self.metrics.add(
+                replay__reward=_nanmean(rewards[~is_fresh]),
+                replay__group_pass_rate=float(batch.is_correct[list(batch.replays), 1:].mean()),
+                replay__staleness_mean=float(np.mean(staleness)),
+                replay__staleness_max=max(staleness),
+                replay__entropy=float(np.mean(entropies)) if entropies else np.nan,
+            )
+        self._doubt_threshold(fresh_rewards, bool(batch.is_correct.any()))
+
+    def wanted_rows(self, rows: Iterable[int]) -> list[int]:
+        """Positions in `rows` (row numbers of the pending batch) whose log-probabilities are still to be recorded."""
+        if self._pending is None:
+            return []
+        return [position for position, row in enumerate(rows) if self._pending.wants(row)]
+
+    def record(self, row: int, logps: np.ndarray, entropy: float) -> None:
+        """Record what the training forward showed of a row: log-probabilities `(num_tokens,)`, mean entropy (nats)."""
+        if self._pending is not None:
+            self._pending.record(row, logps, entropy)
+
+    def collect(self) -> None:
+        """
+        Bring the pending batch into the buffer (method, section 2), retire solved questions, start replay if due.
+
+        The comparison of the delayed start comes last: the batch that crosses the threshold is not collected.
+        """
+        batch, self._pending = self._pending, None
+        if batch is None:
+            return
+        evicted = 0
+        for group, replay in batch.replays.items():
+            if not batch.still_counts(group):
+                evicted += self.buffer.evict(replay.question.question_id, replay.experience)
+        for collected in batch.groups():
+            if self.is_started:
+                self.buffer.collect(
+                    collected.question,
+                    collected.experiences,
+                    num_correct=collected.num_correct,
+                    group_size=self.args.num_generations,
+                    bucket=collected.bucket,
+                )
+            elif collected.is_solved and self.args.retire_solved:
+                self.buffer.retire(collected.question.question_id)
+        self.metrics.add(replay__evicted_incorrect=evicted)
+        if not self.is_started:
+            pass_rate = float(batch.is_correct[batch.is_fresh].mean())
+            self.is_started = pass_rate > self.args.replay_start_pass_rate  # type: ignore[operator]
+
+    def log_metrics(self) -> dict[str, float]:
+        """Metrics since the last log line, and the present size of the buffer."""
+        sizes = {f"replay/{name}": value for name, value in self.buffer.metrics().items()}
+        return self.metrics.flush() | sizes
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold besides the buffer; survives JSON."""
+        return {
+            "is_started": self.is_started,
+            "tokens_saved": self.tokens_saved,
+            "rng": self.rng.bit_generator.state,
+            "best_reward": None if np.isinf(self._best_reward) else float(self._best_reward),
+            "num_batches_without_success": self._num_batches_without_success,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned. An empty state (a buffer saved by hand) starts afresh."""
+        self._pending = None
+        if not state:
+            return
+        self.is_started = state["is_started"]
+        self.tokens_saved = state["tokens_saved"]
+        self.rng.bit_generator.state = state["rng"]
+        self._best_reward = -np.inf if state["best_reward"] is None else state["best_reward"]
+        self._num_batches_without_success = state["num_batches_without_success"]
+
+    def finish(self) -> None:
+        """Collect the last batch, and say so if no completion ever counted as correct."""
+        self.collect()
+        if self._num_batches_without_success:
+            self._warn_no_success()
+
+    def _doubt_threshold(self, rewards: Collection[float], any_success: bool) -> None:
+        if self._num_batches_without_success is None:
+            return
+        self._best_reward = np.nanmax([self._best_reward, *rewards])
+        if any_success:
+            self._num_batches_without_success = None
+            return
+        self._num_batches_without_success += 1
+        if self._num_batches_without_success >= _PATIENCE:
+            self._warn_no_success()
+
+    def _warn_no_success(self) -> None:
+        logger.warning(
+            f"No completion of {self._num_batches_without_success} generation batches reached "
+            f"success_threshold={self.args.success_threshold}, so nothing was stored or replayed. The best reward seen "
+            f"is {self._best_reward:g}. Lower success_threshold, or name the reward that decides in success_reward."
+        )
+        self._num_batches_without_success = None
+
+
+def _nanmean(values: np.ndarray) -> float:
+    scored = values[~np.isnan(values)]
+    return float(scored.mean()) if scored.size else float("nan")
+
+
+def _scored_rows(rewards: np.ndarray, is_fresh: np.ndarray) -> np.ndarray:
+    fresh = np.where(is_fresh, rewards, np.nan)
+    return fresh[~np.isnan(fresh).all(axis=1)]

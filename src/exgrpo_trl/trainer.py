@@ -1,0 +1,450 @@
+"""[`ExGRPOTrainer`]: TRL's `GRPOTrainer` with experience replay. Calls TRL's methods, never repeats them."""
+
+import copy
+import inspect
+import itertools
+import os
+import textwrap
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+from trl import GRPOTrainer
+
+from .compatibility import check_arguments, check_processing_class, num_groups_to_replay
+from .config import ExGRPOConfig
+from .experience import Candidate, Question, encode_example
+from .losses import importance_log_ratio, mixed_advantages
+from .provenance import check_buffer, resolve_buffer, tokenizer_fingerprint
+from .questions import ActiveQuestionSampler, dataset_question_ids, row_question_id
+from .replay import ReplayBuffer, Replayer
+from .rollouts import PendingBatch, Replay
+from .sampling import CompletionSelector, QuestionSampler, get_completion_selector, make_question_sampler
+from .scoring import score_completions
+
+logger = logging.get_logger(__name__)
+
+
+class ExGRPOTrainer(GRPOTrainer):
+    """
+    Trainer for Experiential Group Relative Policy Optimization (ExGRPO), from [ExGRPO: Learning to Reason from
+    Experience](https://huggingface.co/papers/2510.02245).
+
+    A drop-in replacement for [`~trl.GRPOTrainer`]: a share of the questions of every generation batch is replayed. The
+    group of a replayed question holds one stored success, weighted by importance, and `num_generations - 1` fresh
+    completions.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer
+    from trl.rewards import accuracy_reward
+
+    trainer = ExGRPOTrainer(
+        model="Qwen/Qwen2.5-Math-1.5B",
+        reward_funcs=accuracy_reward,
+        args=ExGRPOConfig(output_dir="exgrpo", replay_fraction=0.5),
+        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model, reward_funcs, args, ...:
+            As for [`~trl.GRPOTrainer`], whose further arguments are passed on, `peft_config` included. `args` is an
+            [`ExGRPOConfig`].
+        experience_buffer ([`ExperienceBuffer`], *optional*):
+            Buffer to replay from and to collect into, for example one that is filled already. By default an empty one.
+        question_sampler (`Callable`, *optional*):
+            Draws the questions to replay, see [`~exgrpo_trl.sampling.QuestionSampler`]. By default the one that
+            `args.question_sampling` names.
+        completion_selector (`Callable`, *optional*):
+            Picks the stored completion of a question, see [`~exgrpo_trl.sampling.CompletionSelector`]. By default the
+            one that `args.completion_selection` names.
+
+    Raises:
+        `NotImplementedError`:
+            When an argument cannot work with replay (tools, environments, `rollout_func`, vision-language models,
+            vLLM, several processes, Liger's loss in TRL below 1.14).
+        `ValueError`:
+            When the configuration, the question ids or the buffer do not fit together.
+    """
+
+    _tag_names = ["trl", "exgrpo"]
+    _name = "ExGRPO"
+    _paper = {
+        "title": "ExGRPO: Learning to Reason from Experience",
+        "id": "2510.02245",
+        "citation": textwrap.dedent("""\
+            @article{zhan2025exgrpo,
+                title        = {{ExGRPO: Learning to Reason from Experience}},
+                author       = {Runzhe Zhan and others},
+                year         = 2025,
+                eprint       = {arXiv:2510.02245},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: ExGRPOConfig | None = None,
+        *positional: Any,
+        experience_buffer: ReplayBuffer | None = None,
+        question_sampler: QuestionSampler | None = None,
+        completion_selector: CompletionSelector | None = None,
+        **keywords: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = ExGRPOConfig(f"{name.split('/')[-1]}-ExGRPO")
+        if not isinstance(args, ExGRPOConfig):
+            raise TypeError(
+                f"args is a {type(args).__name__}. Use an ExGRPOConfig, which takes the same fields and those of replay."
+            )
+        bound = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *positional, **keywords)
+        self._is_replay_enabled = args.replay_fraction > 0
+        if self._is_replay_enabled:
+            check_arguments(bound.arguments, args)
+        self.experience_buffer: ReplayBuffer = resolve_buffer(experience_buffer, args)
+
+        super().__init__(model, reward_funcs, args, *positional, **keywords)
+
+        if not self._is_replay_enabled:
+            return
+        check_processing_class(self.processing_class, args.success_reward, self.reward_func_names)
+        self._replayer = Replayer(
+            self.experience_buffer,
+            args,
+            question_sampler
+            or make_question_sampler(args.question_sampling, bucket_mean=args.bucket_mean, bucket_std=args.bucket_std),
+            completion_selector or get_completion_selector(args.completion_selection),
+        )
+        self._replays: dict[int, Replay] = {}  # of the batch that is being generated, by row
+        self._scored: tuple[list[list[int]], torch.Tensor] | None = None  # completion ids and rewards of that batch
+        self._loss_inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
+        self._epoch_start: tuple[int, int] | None = None  # epoch, number of questions retired when it began
+        self._question_ids = self._check_dataset()
+        self._adopt_buffer("given to the trainer")
+
+    # Generation
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self._is_replay_enabled or not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        self._replayer.collect()
+        group_size = self.num_generations
+        replays = {replay.group: replay for replay in self._draw_replays(len(inputs) // group_size)}
+        # Copied, because reward functions may write into the rows that they are given.
+        questions = [
+            replays[group].question
+            if group in replays
+            else Question(self._question_id(inputs[group * group_size]), copy.deepcopy(inputs[group * group_size]))
+            for group in range(len(inputs) // group_size)
+        ]
+        inputs = [
+            _example_row(questions[row // group_size], inputs[0]) if row // group_size in replays else inputs[row]
+            for row in range(len(inputs))
+        ]
+        self._replays = {group * group_size: replay for group, replay in replays.items()}
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            return self._observe(output, questions, replays)
+        finally:
+            self._replays, self._scored = {}, None
+
+    def _generate_single_turn(
+        self, prompt_ids: list[Any], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if not self._is_replay_enabled or not self._replays:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        num_rows = len(prompt_ids)
+        fresh_rows = [row for row in range(num_rows) if row not in self._replays]
+        fresh_fields = {name: [field[row] for row in fresh_rows] for name, field in multimodal_fields.items()}
+        fresh_ids, logprobs, *rest = super()._generate_single_turn(
+            [prompt_ids[row] for row in fresh_rows], images, fresh_fields, *args, **kwargs
+        )
+        generated = iter(fresh_ids)
+        completion_ids = [
+            self._replays[row].experience.token_ids.tolist() if row in self._replays else next(generated)
+            for row in range(num_rows)
+        ]
+        return completion_ids, logprobs, *rest
+
+    def _calculate_rewards(
+        self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
+        if not self._is_replay_enabled:
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._log_completion_extra("replayed", [row in self._replays for row in range(len(prompts))])
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._scored = completion_ids_list, rewards
+        return rewards
+
+    def _draw_replays(self, num_groups: int) -> list[Replay]:
+        start = time.perf_counter()
+        question_ids = self._replayer.draw_questions(num_groups_to_replay(self.args), self.state.global_step)
+        candidates = {
+            question_id: [Candidate(experience, None, None) for experience in self.experience_buffer.completions(question_id)]
+            for question_id in question_ids
+        }
+        to_score = [question_id for question_id in question_ids if self._replayer.needs_scores(question_id)]
+        if to_score:
+            candidates |= self._score({question_id: candidates[question_id] for question_id in to_score})
+        replays = self._replayer.select(candidates, num_groups)
+        self._replayer.metrics.add(
+            replay__candidates_scored=sum(len(candidates[question_id]) for question_id in to_score),
+            replay__selection_seconds=time.perf_counter() - start,
+        )
+        return replays
+
+    def _score(self, candidates: dict[str, list[Candidate]]) -> dict[str, list[Candidate]]:
+        prompts = [self.experience_buffer.question(question_id).example["prompt"] for question_id in candidates]
+        prompt_ids = dict(zip(candidates, self._tokenize_prompts(prompts)[0], strict=True))
+        pairs = [(question_id, choice.experience) for question_id, choices in candidates.items() for choice in choices]
+
+        def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> Any:
+            return self._get_per_token_logps_and_entropies(
+                self.model, input_ids, attention_mask, logits_to_keep, compute_entropy=True
+            )[:2]
+
+        scored = iter(
+            score_completions(
+                [prompt_ids[question_id] for question_id, _ in pairs],
+                [experience for _, experience in pairs],
+                forward,
+                pad_token_id=self.processing_class.pad_token_id,
+                batch_size=self.args.per_device_train_batch_size,
+                device=self.accelerator.device,
+            )
+        )
+        return {question_id: [next(scored) for _ in choices] for question_id, choices in candidates.items()}
+
+    def _observe(self, output: dict[str, Any], questions: list[Question], replays: dict[int, Replay]) -> dict[str, Any]:
+        """Hand the scored batch to the replayer, and give every row what its loss will need."""
+        assert self._scored is not None
+        token_ids, rewards_per_func = self._scored
+        shape = len(questions), self.num_generations
+        rewards = self._success_rewards(rewards_per_func).reshape(shape)
+        is_correct = rewards >= self.args.success_threshold  # NaN is not correct
+        has_loss = output["completion_mask"].any(-1).cpu().numpy().reshape(shape)  # truncated ones may be masked
+        batch = PendingBatch(
+            questions=questions,
+            replays=replays,
+            rewards=rewards,
+            is_correct=is_correct,
+            is_storable=np.zeros(shape, dtype=bool),
+            token_ids=token_ids,
+            policy_version=self.state.global_step,
+            difficulty=self.args.difficulty,
+        )
+        if self.args.difficulty == "reward_std":
+            stands_out = output["advantages"].cpu().numpy().reshape(shape) > 0
+            batch.is_storable = stands_out & batch.is_fresh & has_loss
+        else:
+            batch.is_storable = is_correct & batch.is_fresh & has_loss
+        self._replayer.observe(batch)
+
+        behavior_logps = torch.zeros(output["completion_ids"].shape, dtype=torch.float32)
+        is_replayed = torch.zeros(len(token_ids), dtype=torch.bool)
+        for row, replay in self._replays.items():
+            logps = torch.from_numpy(replay.experience.behavior_per_token_logps.copy())
+            behavior_logps[row, : len(logps)] = logps
+            is_replayed[row] = True
+        device = output["completion_ids"].device
+        output["behavior_per_token_logps"] = behavior_logps.to(device)
+        output["is_replayed"] = is_replayed.to(device)
+        output["rollout_rows"] = torch.arange(len(token_ids), device=device)
+        return output
+
+    def _success_rewards(self, rewards_per_func: torch.Tensor) -> np.ndarray:
+        rewards = rewards_per_func.double().cpu().numpy()
+        if self.args.success_reward is not None:
+            return rewards[:, self.reward_func_names.index(self.args.success_reward)]
+        weighted = np.nansum(rewards * self.reward_weights.double().cpu().numpy(), axis=1)
+        return np.where(np.isnan(rewards).all(axis=1), np.nan, weighted)
+
+    # Loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "rollout_rows" not in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        # A copy, because the same dict comes again when num_iterations > 1.
+        self._loss_inputs = dict(inputs)
+        try:
+            loss = super().compute_loss(model, self._loss_inputs, *args, **kwargs)
+            if "rollout_rows" in self._loss_inputs:
+                raise RuntimeError(
+                    "TRL computed a loss without the forward that replay relies on, so stored completions would train "
+                    "as if they were fresh. Please report this with your version of TRL."
+                )
+            return loss
+        finally:
+            self._loss_inputs = None
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._is_replay_enabled and self._loss_inputs is not None:
+            self._on_training_forward(self._loss_inputs, outputs[0], outputs[1])
+        return outputs
+
+    def _on_training_forward(
+        self, inputs: dict[str, Any], per_token_logps: torch.Tensor, entropies: torch.Tensor
+    ) -> None:
+        """Record the behaviour policy of fresh rows, and weight the replayed ones, before TRL computes its loss."""
+        rows, mask = inputs.pop("rollout_rows").tolist(), inputs["completion_mask"].bool()
+        old_logps = inputs.get("old_per_token_logps")
+        behavior_logps = per_token_logps.detach() if old_logps is None else old_logps
+        for position in self._replayer.wanted_rows(rows):
+            own = mask[position]
+            self._replayer.record(
+                rows[position],
+                behavior_logps[position][own].float().cpu().numpy(),
+                entropies[position][own].float().mean().item(),
+            )
+        is_replayed = inputs.pop("is_replayed")
+        stored_logps = inputs.pop("behavior_per_token_logps")
+        if not is_replayed.any():
+            return
+        # VESPO's weight is its own, per token; TRL ignores the level there.
+        level = "token" if self.loss_type == "vespo" else self.importance_sampling_level
+        log_ratio = importance_log_ratio(per_token_logps, stored_logps, mask, level)
+        inputs["advantages"] = mixed_advantages(
+            inputs["advantages"],
+            log_ratio,
+            is_replayed,
+            loss_type=self.loss_type,
+            weighting=self.args.replay_weighting,
+            beta=self.args.shaping_beta,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            sapo_temperatures=(self.args.sapo_temperature_pos, self.args.sapo_temperature_neg),
+        )
+        # With its graph: the ratio of a replayed row is 1 and has no gradient of its own.
+        inputs["old_per_token_logps"] = torch.where(is_replayed.unsqueeze(1), per_token_logps, behavior_logps)
+        shown = mask[is_replayed] if level == "token" else slice(None)
+        self._replayer.metrics.add_log_ratios(log_ratio.detach()[is_replayed][shown].flatten().cpu().numpy())
+
+    # Dataset
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not self._is_replay_enabled or not self.args.drop_retired_questions:
+            return sampler
+        return ActiveQuestionSampler(sampler, self._begin_epoch)
+
+    def _begin_epoch(self) -> tuple[int, set[int]]:
+        """Number of the epoch that begins (or is resumed), and the dataset rows that it leaves out."""
+        epoch = int((self.state.epoch or 0.0) + 1e-6)
+        if self._epoch_start is None or self._epoch_start[0] != epoch:
+            self._replayer.collect()
+            self._epoch_start = epoch, len(self.experience_buffer.retired)
+        retired = list(itertools.islice(self.experience_buffer.retired, self._epoch_start[1]))
+        return epoch, self._rows_to_drop(retired)
+
+    def _rows_to_drop(self, retired: Sequence[str]) -> set[int]:
+        if not retired:
+            return set()
+        if self._question_ids is None:
+            self._question_ids = dataset_question_ids(self.train_dataset, self.args.question_id_column)
+        rows_of: dict[str, list[int]] = {}
+        for row, question_id in enumerate(self._question_ids):
+            rows_of.setdefault(question_id, []).append(row)
+        most = len(self._question_ids) - self.args.generation_batch_size // self.num_generations
+        dropped: set[int] = set()
+        for question_id in retired:
+            rows = rows_of.get(question_id, [])
+            if len(dropped) + len(rows) > most:
+                logger.warning_once(
+                    "Fewer questions than one generation batch would be left after dropping the retired ones. Some "
+                    "retired questions stay in the dataset, so that training does not run dry."
+                )
+                break
+            dropped.update(rows)
+        return dropped
+
+    def _question_id(self, row: dict[str, Any]) -> str:
+        return row_question_id(row, self.args.question_id_column)
+
+    def _check_dataset(self) -> list[str] | None:
+        """Look for trouble while nothing is lost yet: rows that cannot be saved, ids that identify nothing."""
+        if isinstance(self.train_dataset, Dataset):
+            if len(self.train_dataset):
+                encode_example(self.train_dataset[0])
+            if self.args.question_id_column is not None:
+                return dataset_question_ids(self.train_dataset, self.args.question_id_column)
+        elif self.args.drop_retired_questions and self.args.retire_solved:
+            logger.warning(
+                "drop_retired_questions has no effect on an iterable dataset: retired questions leave the buffer, but "
+                "still come up in the stream. Set drop_retired_questions=False to silence this."
+            )
+        return None
+
+    # Checkpoints and logs
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        if self._is_replay_enabled:
+            self._replayer.finish()
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._is_replay_enabled and self.model.training and "loss" in logs:
+            logs.update(self._replayer.log_metrics())
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._is_replay_enabled:
+            self._replayer.collect()
+            if self.args.should_save:
+                # First, so that an older checkpoint is not rotated away before this one can be resumed.
+                checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                self.experience_buffer.replay_state = self._replayer.state_dict() | {"epoch_start": self._epoch_start}
+                self.experience_buffer.save(
+                    os.path.join(self._get_output_dir(trial=trial), checkpoint, "experience_buffer")
+                )
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._is_replay_enabled and checkpoint is not None:
+            self._load_buffer(os.path.join(checkpoint, "experience_buffer"))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_buffer(self, path: str) -> None:
+        mine = self.experience_buffer
+        loaded = type(mine).load(path)
+        loaded.set_limits(capacity=mine.capacity, max_completions_per_question=mine.max_completions_per_question)
+        self.experience_buffer = self._replayer.buffer = loaded
+        self._adopt_buffer(path)
+        state = dict(loaded.replay_state)
+        epoch_start = state.pop("epoch_start", None)
+        self._epoch_start = tuple(epoch_start) if epoch_start is not None else None
+        self._replayer.load_state_dict(state)
+
+    def _adopt_buffer(self, source: str) -> None:
+        provenance = tokenizer_fingerprint(self.processing_class) | {"temperature": self.temperature}
+        check_buffer(
+            self.experience_buffer,
+            provenance=provenance,
+            max_completion_length=self.max_completion_length,
+            vocab_size=self.model.get_input_embeddings().weight.size(0),
+            source=source,
+        )
+        self.experience_buffer.provenance |= provenance
+
+
+def _example_row(question: Question, like: dict[str, Any]) -> dict[str, Any]:
+    """The stored row of a question with the columns of the batch, in a copy that reward functions may write into."""
+    missing = sorted(like.keys() - question.example.keys())
+    if missing:
+        raise ValueError(
+            f"The stored row of question {question.question_id!r} lacks the columns {missing} of the training dataset, "
+            "which a reward function may need. Import rows with all columns of the dataset."
+        )
+    return {column: copy.deepcopy(question.example[column]) for column in like}
