@@ -75,9 +75,7 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
         if arguments.get(name):
             raise NotImplementedError(f"Replay does not support {name}: {reason}. {way_out}")
     if args.use_vllm:
-        raise NotImplementedError(
-            f"Replay does not support use_vllm=True yet: vLLM generates whole groups. {way_out}"
-        )
+        raise NotImplementedError(f"Replay does not support use_vllm=True yet: vLLM generates whole groups. {way_out}")
     if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
         raise NotImplementedError(
             f"Replay does not support use_liger_kernel=True on trl {trl.__version__}: its fused loss never shows the "
@@ -96,11 +94,6 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
         raise ValueError(
             f"loss_type='luspo' weighs whole sequences, but importance_sampling_level="
             f"{args.importance_sampling_level!r}. Set importance_sampling_level='sequence'."
-        )
-    if args.beta != 0 and getattr(args, "use_bias_correction_kl", False):
-        raise NotImplementedError(
-            "Replay does not support use_bias_correction_kl=True: TRL would correct the KL term of a stored completion "
-            "by a ratio that does not belong to it. Set use_bias_correction_kl=False or beta=0."
         )
     num_groups = args.generation_batch_size // args.num_generations
     if num_groups_to_replay(args) == 0:

@@ -188,7 +188,11 @@ def _check_range(
 ) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     # Written so that NaN fails.
-    if is_number and (value > low if low_excluded else value >= low) and (value < high if high_excluded else value <= high):
+    if (
+        is_number
+        and (value > low if low_excluded else value >= low)
+        and (value < high if high_excluded else value <= high)
+    ):
         return
     interval = f"{'(' if low_excluded else '['}{low}, {high}{')' if high_excluded else ']'}"
     raise ValueError(f"{name}={value!r} is out of range. It must be a number in {interval}.")

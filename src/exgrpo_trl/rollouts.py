@@ -101,7 +101,9 @@ class PendingBatch:
         """The groups in batch order, with their storable rollouts whose log-probabilities are known."""
         group_size = self.rewards.shape[1]
         buckets = (
-            reward_std_buckets(self.rewards) if self.difficulty == "reward_std" else self.is_correct.sum(axis=1).tolist()
+            reward_std_buckets(self.rewards)
+            if self.difficulty == "reward_std"
+            else self.is_correct.sum(axis=1).tolist()
         )
         collected = []
         for group, question in enumerate(self.questions):

@@ -83,8 +83,8 @@ def experiences_from_table(table: pa.Table | pa.RecordBatch) -> list[Experience]
     Raises:
         ValueError: if a value is null or out of range, or tokens and log-probabilities differ in number.
     """
-    token_lists, token_offsets, tokens = _lists(table, "token_ids")
-    logp_lists, logp_offsets, logps = _lists(table, "behavior_per_token_logps")
+    token_offsets, tokens = _lists(table, "token_ids")
+    logp_offsets, logps = _lists(table, "behavior_per_token_logps")
     versions, rewards, entropies = (_numbers(table, name) for name in ("policy_version", "reward", "entropy"))
     lengths = np.diff(token_offsets)
     _require(np.array_equal(lengths, np.diff(logp_offsets)), "completions have as many log-probabilities as tokens")
@@ -98,7 +98,7 @@ def experiences_from_table(table: pa.Table | pa.RecordBatch) -> list[Experience]
     _require(bool(np.isfinite(rewards).all()), "rewards are finite")
     _require(not np.isinf(entropies).any(), "entropies are finite or NaN")
     token_bytes, logp_bytes = tokens.tobytes(), logps.tobytes()
-    bounds = (4 * (token_offsets - token_offsets[0])).tolist()
+    bounds = (4 * token_offsets).tolist()
     # One int object per version, not one per completion.
     shared: dict[int, int] = {}
     return [
@@ -107,3 +107,92 @@ def experiences_from_table(table: pa.Table | pa.RecordBatch) -> list[Experience]
             bounds, bounds[1:], versions.tolist(), rewards.tolist(), entropies.tolist(), strict=False
         )
     ]
+
+
+def completions_to_dataset(buffer: ExperienceBuffer) -> Dataset:
+    """
+    Dataset of the stored completions, one per row.
+
+    Columns: `question_id`, `example` (JSON, see [`encode_example`]), `bucket`, `token_ids`,
+    `behavior_per_token_logps` (nats), `policy_version` (optimizer steps), `reward` and `entropy` (nats, NaN if
+    unknown). Rows go by bucket, question and age.
+
+    Args:
+        buffer ([`ExperienceBuffer`]):
+            Buffer to convert. Its retired questions and counters are not part of the dataset.
+    """
+    from datasets import Dataset
+
+    rows = (
+        ((question_id, encode_example(buffer.question(question_id).example), bucket), experience)
+        for bucket, question_ids in buffer.buckets().items()
+        for question_id in question_ids
+        for experience in buffer.completions(question_id)
+    )
+    batches = []
+    for keys, experiences in in_batches(rows):
+        columns = [
+            pa.array(values, kind) for values, kind in zip(zip(*keys, strict=True), QUESTION_SCHEMA.types, strict=True)
+        ]
+        batches.append(pa.record_batch(columns + experiences_to_arrays(experiences), schema=DATASET_SCHEMA))
+    return Dataset(pa.Table.from_batches(batches, schema=DATASET_SCHEMA))
+
+
+def completions_from_dataset(dataset: Dataset) -> Iterator[tuple[Question, Experience, int]]:
+    """
+    Question, completion and bucket of every row of a dataset; the inverse of [`completions_to_dataset`].
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Dataset with the columns of [`completions_to_dataset`].
+
+    Raises:
+        TypeError: if it is not a dataset.
+        ValueError: if a column is missing or holds something else.
+    """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"Expected a datasets.Dataset, got {type(dataset).__name__}; pick one split of a DatasetDict.")
+    if missing := [name for name in DATASET_SCHEMA.names if name not in dataset.column_names]:
+        raise ValueError(
+            f"The dataset lacks the columns {missing}; it has {dataset.column_names}. ExperienceBuffer.to_dataset() "
+            "shows what is expected."
+        )
+    for table in dataset.with_format("arrow").iter(batch_size=1024):
+        try:
+            batch = table.select(DATASET_SCHEMA.names).cast(DATASET_SCHEMA)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ValueError(
+                f"The dataset does not hold stored completions: {error}. ExperienceBuffer.to_dataset() shows the "
+                "expected types."
+            ) from error
+        for name in QUESTION_SCHEMA.names:
+            _require(not batch.column(name).null_count, f"`{name}` is never null")
+        for experience, question_id, example, bucket in zip(
+            experiences_from_table(batch),
+            *(batch.column(name).to_pylist() for name in QUESTION_SCHEMA.names),
+            strict=True,
+        ):
+            yield Question(question_id, decode_example(example)), experience, bucket
+
+
+def _lists(table: pa.Table | pa.RecordBatch, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Offsets and values of a list column; offsets count from 0."""
+    column = table.column(name)
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    values = array.flatten()
+    _require(not array.null_count and not values.null_count, f"`{name}` is never null")
+    offsets = array.offsets.to_numpy()
+    return offsets - offsets[0], values.to_numpy()
+
+
+def _numbers(table: pa.Table | pa.RecordBatch, name: str) -> np.ndarray[Any, Any]:
+    column = table.column(name)
+    _require(not column.null_count or name == "entropy", f"`{name}` is never null")
+    return np.asarray(column.fill_null(np.nan) if column.null_count else column)
+
+
+def _require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"Stored completions break a rule: {rule}.")

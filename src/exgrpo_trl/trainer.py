@@ -191,7 +191,9 @@ class ExGRPOTrainer(GRPOTrainer):
         start = time.perf_counter()
         question_ids = self._replayer.draw_questions(num_groups_to_replay(self.args), self.state.global_step)
         candidates = {
-            question_id: [Candidate(experience, None, None) for experience in self.experience_buffer.completions(question_id)]
+            question_id: [
+                Candidate(experience, None, None) for experience in self.experience_buffer.completions(question_id)
+            ]
             for question_id in question_ids
         }
         to_score = [question_id for question_id in question_ids if self._replayer.needs_scores(question_id)]
@@ -226,7 +228,9 @@ class ExGRPOTrainer(GRPOTrainer):
         )
         return {question_id: [next(scored) for _ in choices] for question_id, choices in candidates.items()}
 
-    def _observe(self, output: dict[str, Any], questions: list[Question], replays: dict[int, Replay]) -> dict[str, Any]:
+    def _observe(
+        self, output: dict[str, Any], questions: list[Question], replays: dict[int, Replay]
+    ) -> dict[str, Any]:
         """Hand the scored batch to the replayer, and give every row what its loss will need."""
         assert self._scored is not None
         token_ids, rewards_per_func = self._scored

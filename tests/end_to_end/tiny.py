@@ -1,5 +1,7 @@
 """Tiny real models, tokenizers and datasets, made on the spot."""
 
+import functools
+import tempfile
 from typing import Any
 
 import torch
@@ -29,8 +31,8 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE, extra: str = "") -
     )
 
 
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A random two-layer model of about 40,000 parameters."""
+@functools.cache
+def _tiny_model_folder(seed: int) -> tempfile.TemporaryDirectory[str]:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tiny_tokenizer()),
@@ -46,7 +48,14 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCau
         tie_word_embeddings=False,
         initializer_range=0.2,  # far from uniform, so that log-probabilities and entropies differ
     )
-    return LlamaForCausalLM(config).to(dtype)
+    folder = tempfile.TemporaryDirectory()
+    LlamaForCausalLM(config).save_pretrained(folder.name)
+    return folder
+
+
+def tiny_model(seed: int = 0) -> LlamaForCausalLM:
+    """A random two-layer model of about 20,000 parameters, loaded from disk: TRL loads the reference model again."""
+    return LlamaForCausalLM.from_pretrained(_tiny_model_folder(seed).name)
 
 
 def tiny_dataset(num_rows: int = 16, conversational: bool = False) -> Dataset:
@@ -76,3 +85,72 @@ def tiny_arguments(output_dir: Any, **overrides: Any) -> dict[str, Any]:
         "save_strategy": "no",
         "seed": 7,
     } | overrides
+
+
+def first_letter_reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    """1 for completions that begin with a letter from a to t: about two in five of a random model's."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(text[:1].isalpha() and text[:1] <= "t") for text in texts]
+
+
+def make_trainer(output_dir: Any, trainer_class: Any = None, **options: Any) -> Any:
+    """
+    A trainer on tiny parts. Options that are not arguments of the trainer are fields of its config.
+
+    Replay starts at once unless `replay_start_pass_rate` says otherwise.
+    """
+    from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer
+
+    trainer_class = trainer_class or ExGRPOTrainer
+    arguments: dict[str, Any] = {
+        "model": None,
+        "processing_class": None,
+        "reward_funcs": first_letter_reward,
+        "train_dataset": None,
+        "eval_dataset": None,
+        "peft_config": None,
+        "callbacks": None,
+    }
+    if issubclass(trainer_class, ExGRPOTrainer):
+        arguments |= {"experience_buffer": None, "question_sampler": None, "completion_selector": None}
+        config_class: Any = ExGRPOConfig
+        options.setdefault("replay_start_pass_rate", None)
+    else:
+        from trl import GRPOConfig as config_class  # noqa: N813
+    for name in (*arguments, "tools", "rollout_func", "environment_factory"):
+        if name in options:
+            arguments[name] = options.pop(name)
+    for name, make in (("model", tiny_model), ("processing_class", tiny_tokenizer), ("train_dataset", tiny_dataset)):
+        if arguments[name] is None:
+            arguments[name] = make()
+    return trainer_class(args=config_class(**tiny_arguments(output_dir, **options)), **arguments)
+
+
+def lora_config() -> Any:
+    """LoRA on all linear layers of the tiny model, with weights that are not zero at the start."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+def parameters_of(trainer: Any) -> dict[str, torch.Tensor]:
+    """Detached copies of all parameters by name."""
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def completion_logps(model: Any, prompt: Any, completion: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probabilities and entropies of a completion, one row alone, without padding: the plain definition.
+
+    Args:
+        model: Model, in the precision in which to compute.
+        prompt: Prompt token ids, shape `(P,)`.
+        completion: Completion token ids, shape `(T,)`.
+
+    Returns:
+        Two tensors of shape `(T,)`, nats, with their graph.
+    """
+    prompt, completion = torch.as_tensor(prompt).long(), torch.as_tensor(completion).long()
+    logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+    log_probs = torch.log_softmax(logits, dim=-1)
+    return log_probs.gather(1, completion[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(-1)

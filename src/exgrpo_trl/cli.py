@@ -1,0 +1,119 @@
+"""Command line: look at a saved experience buffer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .experience import ExperienceBufferError
+from .storage import load_buffer, read_metadata
+
+BUFFER_FOLDER = "experience_buffer"
+BAR_WIDTH = 40
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Entry point of the command `exgrpo-trl`.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Arguments, by default those of the process.
+
+    Returns:
+        `int`: exit code, 0 if all went well and 1 if the buffer could not be read.
+    """
+    parser = argparse.ArgumentParser(prog="exgrpo-trl", description="Look at what an ExGRPO run has stored.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="summary of a saved experience buffer", description="Show a saved buffer.")
+    show.add_argument("path", type=Path, help="directory of the buffer, or a checkpoint that contains one")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        summary = summarize(arguments.path)
+    except ExperienceBufferError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        return 1
+    if arguments.json:
+        json.dump(summary, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        _print(summary, Console())
+    return 0
+
+
+def summarize(path: Path) -> dict[str, Any]:
+    """
+    What `exgrpo-trl show` reports, as plain JSON.
+
+    Args:
+        path (`Path`):
+            Directory of a buffer, or of a checkpoint that contains one.
+
+    Raises:
+        ExperienceBufferError: if there is no intact buffer.
+    """
+    nested = path / BUFFER_FOLDER
+    directory = nested if nested.is_dir() else path
+    buffer = load_buffer(directory)
+    metadata = read_metadata(directory)
+    versions = [
+        experience.policy_version
+        for question_ids in buffer.buckets().values()
+        for question_id in question_ids
+        for experience in buffer.completions(question_id)
+    ]
+    return {
+        "path": str(directory),
+        **{name: metadata[name] for name in ("schema_version", "package_version", "counts")},
+        "buckets": {str(bucket): len(question_ids) for bucket, question_ids in buffer.buckets().items()},
+        "policy_versions": {"oldest": min(versions), "newest": max(versions)} if versions else None,
+        **{name: metadata[name] for name in ("settings", "provenance", "replay_state")},
+    }
+
+
+def _print(summary: dict[str, Any], console: Console) -> None:
+    versions = summary["policy_versions"]
+    values = {
+        **{name: f"{count:,}" for name, count in summary["counts"].items()},
+        "policy versions": f"{versions['oldest']} to {versions['newest']}" if versions else "none",
+        **summary["settings"],
+    }
+    console.print(Text(f"Experience buffer {summary['path']}", style="bold"), soft_wrap=True)
+    console.print(_two_columns(values))
+    if summary["buckets"]:
+        console.print(_bucket_table(summary["buckets"], summary["settings"]["group_size"]))
+    if summary["provenance"]:
+        console.print(Text("Provenance", style="bold"))
+        console.print(_two_columns(summary["provenance"]))
+
+
+def _two_columns(values: dict[str, Any]) -> Table:
+    table = Table(box=None, show_header=False)
+    for name, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        table.add_row(Text(name.replace("_", " ")), Text(text, overflow="fold"))
+    return table
+
+
+def _bucket_table(sizes: dict[str, int], group_size: int) -> Table:
+    table = Table(box=box.SIMPLE, title="Questions by correct completions of the latest group", title_justify="left")
+    table.add_column("correct", justify="right")
+    table.add_column("questions", justify="right")
+    table.add_column("")
+    largest = max(sizes.values())
+    for bucket in sorted({*map(int, sizes), *range(1, group_size)}):
+        size = sizes.get(str(bucket), 0)
+        # A bucket that is not empty must not look empty.
+        bar = "#" * max(round(BAR_WIDTH * size / largest), size > 0)
+        table.add_row(f"{bucket}/{group_size}", f"{size:,}", bar)
+    return table
