@@ -128,6 +128,7 @@ class ExGRPOTrainer(GRPOTrainer):
         )
         self._replays: dict[int, Replay] = {}  # of the batch that is being generated, by row
         self._scored: tuple[list[list[int]], torch.Tensor] | None = None  # completion ids and rewards of that batch
+        self._forwards: list[Any] | None = None  # while that batch is being scored: what each forward returned
         self._loss_inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
         self._epoch_start: tuple[int, int] | None = None  # epoch, number of questions retired when it began
         self._question_ids = self._check_dataset()
@@ -153,11 +154,12 @@ class ExGRPOTrainer(GRPOTrainer):
             for row in range(len(inputs))
         ]
         self._replays = {group * group_size: replay for group, replay in replays.items()}
+        self._forwards = []
         try:
             output = super()._generate_and_score_completions(inputs)
             return self._observe(output, questions, replays)
         finally:
-            self._replays, self._scored = {}, None
+            self._replays, self._scored, self._forwards = {}, None, None
 
     def _generate_single_turn(
         self, prompt_ids: list[Any], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
@@ -265,6 +267,11 @@ class ExGRPOTrainer(GRPOTrainer):
         output["behavior_per_token_logps"] = behavior_logps.to(device)
         output["is_replayed"] = is_replayed.to(device)
         output["rollout_rows"] = torch.arange(len(token_ids), device=device)
+        # Where TRL computed the log-probabilities of the generating policy, the policy may move before a row is trained.
+        old_logps = output.get("old_per_token_logps")
+        if old_logps is not None:
+            (entropies,) = (forward[1] for forward in self._forwards or [] if forward[0] is old_logps)
+            self._record(output["rollout_rows"], output["completion_mask"].bool(), old_logps, entropies)
         return output
 
     def _success_rewards(self, rewards_per_func: torch.Tensor) -> np.ndarray:
@@ -293,8 +300,14 @@ class ExGRPOTrainer(GRPOTrainer):
             self._loss_inputs = None
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_replay_enabled:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._forwards is not None:
+            kwargs["compute_entropy"] = True
         outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._is_replay_enabled and self._loss_inputs is not None:
+        if self._forwards is not None:
+            self._forwards.append(outputs)
+        if self._loss_inputs is not None:
             self._on_training_forward(self._loss_inputs, outputs[0], outputs[1])
         return outputs
 
@@ -302,16 +315,9 @@ class ExGRPOTrainer(GRPOTrainer):
         self, inputs: dict[str, Any], per_token_logps: torch.Tensor, entropies: torch.Tensor
     ) -> None:
         """Record the behaviour policy of fresh rows, and weight the replayed ones, before TRL computes its loss."""
-        rows, mask = inputs.pop("rollout_rows").tolist(), inputs["completion_mask"].bool()
-        old_logps = inputs.get("old_per_token_logps")
-        behavior_logps = per_token_logps.detach() if old_logps is None else old_logps
-        for position in self._replayer.wanted_rows(rows):
-            own = mask[position]
-            self._replayer.record(
-                rows[position],
-                behavior_logps[position][own].float().cpu().numpy(),
-                entropies[position][own].float().mean().item(),
-            )
+        rows, mask = inputs.pop("rollout_rows"), inputs["completion_mask"].bool()
+        if "old_per_token_logps" not in inputs:  # otherwise recorded at generation: the policy may have moved since
+            self._record(rows, mask, per_token_logps, entropies)
         is_replayed = inputs.pop("is_replayed")
         stored_logps = inputs.pop("behavior_per_token_logps")
         if not is_replayed.any():
@@ -331,9 +337,21 @@ class ExGRPOTrainer(GRPOTrainer):
             sapo_temperatures=(self.args.sapo_temperature_pos, self.args.sapo_temperature_neg),
         )
         # With its graph: the ratio of a replayed row is 1 and has no gradient of its own.
-        inputs["old_per_token_logps"] = torch.where(is_replayed.unsqueeze(1), per_token_logps, behavior_logps)
+        old_logps = inputs.get("old_per_token_logps", per_token_logps.detach())
+        inputs["old_per_token_logps"] = torch.where(is_replayed.unsqueeze(1), per_token_logps, old_logps)
         shown = mask[is_replayed] if level == "token" else slice(None)
         self._replayer.metrics.add_log_ratios(log_ratio.detach()[is_replayed][shown].flatten().cpu().numpy())
+
+    def _record(self, rows: torch.Tensor, mask: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor) -> None:
+        """Record log-probabilities and entropies of the rows to be stored, as the policy that generated them has them."""
+        numbers = rows.tolist()
+        for position in self._replayer.wanted_rows(numbers):
+            own = mask[position]
+            self._replayer.record(
+                numbers[position],
+                logps[position][own].detach().float().cpu().numpy(),
+                entropies[position][own].float().mean().item(),
+            )
 
     # Dataset
 
