@@ -100,7 +100,7 @@ def _print(summary: dict[str, Any], console: Console) -> None:
 def _two_columns(values: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False)
     for name, value in values.items():
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
         table.add_row(Text(name.replace("_", " ")), Text(text, overflow="fold"))
     return table
 

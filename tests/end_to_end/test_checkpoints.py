@@ -1,0 +1,203 @@
+"""Checkpoints hold the buffer, and a resumed run does what the uninterrupted one would have done."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import lora_config, make_trainer, parameters_of, tiny_dataset, tiny_tokenizer
+
+from exgrpo_trl import ExperienceBuffer
+from exgrpo_trl.experience import ExperienceBufferError
+
+
+def contents(buffer):
+    """Everything in a buffer that matters, in order."""
+    return {
+        "questions": {s: list(questions) for s, questions in buffer.buckets().items()},
+        "completions": {
+            question_id: [
+                (e.token_ids.tolist(), e.behavior_per_token_logps.tolist(), e.policy_version, e.reward, e.entropy)
+                for e in buffer.completions(question_id)
+            ]
+            for questions in buffer.buckets().values()
+            for question_id in questions
+        },
+        "retired": list(buffer.retired),
+        "rng": buffer.rng.bit_generator.state,
+        "metrics": buffer.metrics(),
+    }
+
+
+SETTINGS = {
+    "plain": {},
+    "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+    "many_epochs": {"train_dataset": 8, "max_steps": 12, "save_steps": 5},  # 2 steps an epoch, resumed inside one
+    "epoch_boundary": {"train_dataset": 8, "max_steps": 8, "save_steps": 4},
+    "num_iterations": {"num_iterations": 2, "max_steps": 8, "save_steps": 4},
+    "steps_per_generation": {
+        "per_device_train_batch_size": 8,
+        "steps_per_generation": 2,
+        "max_steps": 8,
+        "save_steps": 4,
+    },
+    "lora": {"lora": True},
+    "delayed_start": {"replay_start_pass_rate": 0.3},
+    "random_choices": {"question_sampling": "random", "completion_selection": "random", "buffer_capacity": 12},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_resume_is_exact(tmp_path, setting):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 2e-3} | SETTINGS[setting]
+    num_rows, use_lora = options.pop("train_dataset", 16), options.pop("lora", False)
+
+    def make(name):
+        return make_trainer(
+            tmp_path / name,
+            train_dataset=tiny_dataset(num_rows),
+            peft_config=lora_config() if use_lora else None,
+            **options,
+        )
+
+    whole = make("whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / f"checkpoint-{options['save_steps']}"
+    assert (checkpoint / "experience_buffer" / "metadata.json").exists()
+    resumed = make("resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+
+    assert resumed.state.global_step == whole.state.global_step == options["max_steps"]
+    expected, actual = parameters_of(whole), parameters_of(resumed)
+    for name in expected:
+        assert torch.equal(expected[name], actual[name]), name
+    assert contents(resumed.experience_buffer) == contents(whole.experience_buffer)
+    assert resumed._replayer.state_dict() == whole._replayer.state_dict()
+    ours = [line for line in resumed.state.log_history if line.get("step", 0) > options["save_steps"]]
+    theirs = [line for line in whole.state.log_history if line.get("step", 0) > options["save_steps"]]
+    compared = 0
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in mine:
+            if key.startswith(("replay/", "fresh/")) and not key.endswith("seconds") and key in other:
+                assert mine[key] == other[key], key
+                compared += 1
+    assert compared > 20
+    assert any(line.get("replay/fraction", 0) > 0 for line in theirs), "nothing was replayed after the checkpoint"
+    if setting == "many_epochs":
+        assert whole.experience_buffer.retired, "no question was retired, so none could leave the dataset"
+
+
+def test_the_last_checkpoint_holds_the_last_batch(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
+    trainer.train()
+    saved = ExperienceBuffer.load(tmp_path / "checkpoint-3" / "experience_buffer")
+    assert saved.num_completions > 0
+    assert contents(saved) == contents(trainer.experience_buffer)
+
+
+def test_a_checkpoint_inside_a_generation_batch_loses_nothing(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        per_device_train_batch_size=8,
+        steps_per_generation=2,
+        retire_solved=False,
+    )
+    trainer.train()
+    first, second = (ExperienceBuffer.load(tmp_path / f"checkpoint-{n}" / "experience_buffer") for n in (1, 2))
+    assert first.num_completions > 0
+    assert contents(first)["completions"] == contents(second)["completions"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("run")
+    make_trainer(output_dir, max_steps=2, save_strategy="steps", save_steps=2).train()
+    return output_dir / "checkpoint-2"
+
+
+def resume(tmp_path, checkpoint, damage=None, **options):
+    copied = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoint, copied)
+    if damage is not None:
+        damage(copied / "experience_buffer")
+    trainer = make_trainer(tmp_path / "out", max_steps=4, **options)
+    trainer.train(resume_from_checkpoint=str(copied))
+    return trainer
+
+
+def flip_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "missing_folder": shutil.rmtree,
+    "missing_file": lambda folder: (folder / "completions.parquet").unlink(),
+    "empty_file": lambda folder: (folder / "completions.parquet").write_bytes(b""),
+    "truncated_file": lambda folder: (folder / "questions.parquet").write_bytes(
+        (folder / "questions.parquet").read_bytes()[:-10]
+    ),
+    "flipped_bit": lambda folder: flip_bit(folder / "completions.parquet"),
+    "flipped_bit_in_metadata": lambda folder: flip_bit(folder / "metadata.json"),
+    "no_metadata": lambda folder: (folder / "metadata.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_buffer_is_an_error(tmp_path, checkpoint, damage):
+    with pytest.raises(ExperienceBufferError, match=r"(?i)experience.buffer") as error:
+        resume(tmp_path, checkpoint, DAMAGES[damage])
+    assert "experience_buffer" in str(error.value), "the message names the folder"
+
+
+def test_a_newer_schema_is_an_error(tmp_path, checkpoint):
+    def make_newer(folder):
+        text = (folder / "metadata.json").read_text()
+        assert json.loads(text)["schema_version"] == 1
+        (folder / "metadata.json").write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
+
+    with pytest.raises(ExperienceBufferError, match=r"(?is)experience buffer.*schema.*[Uu]pgrade"):
+        resume(tmp_path, checkpoint, make_newer)
+
+
+def test_another_tokenizer_is_an_error(tmp_path, checkpoint):
+    with pytest.raises(ExperienceBufferError, match="experience buffer.*another tokenizer"):
+        resume(tmp_path, checkpoint, processing_class=tiny_tokenizer(extra="_"))
+
+
+def test_another_chat_template_is_an_error(tmp_path, checkpoint):
+    with pytest.raises(ExperienceBufferError, match="experience buffer.*another chat template"):
+        resume(tmp_path, checkpoint, processing_class=tiny_tokenizer(chat_template="{{ messages }}"))
+
+
+def test_shorter_completions_are_an_error(tmp_path, checkpoint):
+    with pytest.raises(ExperienceBufferError, match="max_completion_length=2"):
+        resume(tmp_path, checkpoint, max_completion_length=2)
+
+
+def test_an_empty_buffer_can_be_put_in_place_of_a_lost_one(tmp_path, checkpoint):
+    def replace(folder):
+        shutil.rmtree(folder)
+        ExperienceBuffer().save(folder)
+
+    trainer = resume(tmp_path, checkpoint, replace)
+    assert trainer.state.global_step == 4
+    assert trainer.experience_buffer.num_completions > 0
+
+
+def test_limits_of_the_configuration_hold_after_resume(tmp_path, checkpoint):
+    assert ExperienceBuffer.load(checkpoint / "experience_buffer").num_completions > 3
+    trainer = resume(tmp_path, checkpoint, buffer_capacity=3)
+    assert trainer.experience_buffer.num_completions <= 3
+    assert trainer.experience_buffer.capacity == 3
+
+
+def test_replay_off_neither_saves_nor_asks_for_a_buffer(tmp_path):
+    options = {"replay_fraction": 0.0, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, max_steps=1, **options).train()
+    assert not (tmp_path / "checkpoint-1" / "experience_buffer").exists()
+    make_trainer(tmp_path, max_steps=2, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
