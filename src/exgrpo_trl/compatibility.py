@@ -6,9 +6,12 @@ from typing import Any
 
 import trl
 from transformers import ProcessorMixin
+from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .config import ExGRPOConfig
+
+logger = logging.get_logger(__name__)
 
 # Methods that ExGRPOTrainer wraps, with the parameters it relies on.
 _HOOKS = {
@@ -97,10 +100,12 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
         )
     num_groups = args.generation_batch_size // args.num_generations
     if num_groups_to_replay(args) == 0:
-        raise ValueError(
+        # Not an error: TRL's defaults make batches of one question.
+        logger.warning(
             f"replay_fraction={args.replay_fraction} of the {num_groups} question(s) of a generation batch is less "
-            f"than one question, so nothing would ever be replayed. Raise replay_fraction, or the generation batch "
-            f"(generation_batch_size={args.generation_batch_size}, num_generations={args.num_generations})."
+            "than one question: nothing will be replayed. Raise the generation batch, for example with "
+            f"gradient_accumulation_steps (generation_batch_size={args.generation_batch_size}, "
+            f"num_generations={args.num_generations}), or replay_fraction."
         )
     _check_columns(arguments.get("train_dataset"))
 

@@ -28,6 +28,7 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE, extra: str = "") -
         unk_token="<unk>",
         chat_template=chat_template,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

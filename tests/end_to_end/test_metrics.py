@@ -1,0 +1,102 @@
+"""Every log line describes replayed and fresh rollouts apart, in numbers that can be recomputed."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny import make_trainer
+
+from exgrpo_trl import ExGRPOTrainer
+from exgrpo_trl.monitoring import ReplayMetrics, importance_ratio_metrics
+
+ALWAYS = {
+    "replay/active", "replay/fraction", "replay/questions", "replay/completions", "replay/tokens", "replay/retired",
+    "replay/evicted", "replay/duplicates", "replay/bucket_1", "replay/bucket_2", "replay/bucket_3",
+    "replay/candidates_scored", "replay/selection_seconds", "replay/tokens_saved", "fresh/pass_rate", "fresh/reward",
+    "fresh/reward_std", "fresh/frac_groups_without_signal",
+}  # fmt: skip
+WHEN_REPLAYED = {
+    "replay/reward", "replay/group_pass_rate", "replay/staleness_mean", "replay/staleness_max",
+    "replay/importance_ratio_mean", "replay/importance_ratio_max", "replay/importance_ratio_q10",
+    "replay/importance_ratio_q50", "replay/importance_ratio_q90", "replay/effective_sample_size",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"per_device_train_batch_size": 8, "steps_per_generation": 2}], ids=["", "spg2"])
+def test_every_log_line(tmp_path, options):
+    trainer = make_trainer(tmp_path, max_steps=6, retire_solved=False, **options)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 6
+    replayed = False
+    for line in lines:
+        assert line.keys() >= ALWAYS
+        replayed |= line["replay/fraction"] > 0
+        assert not replayed or line.keys() >= WHEN_REPLAYED
+        assert all(math.isfinite(v) for k, v in line.items() if k.startswith(("replay/", "fresh/")))
+    assert replayed
+
+
+def test_values(tmp_path):
+    """Rewards, pass rate and ratios of a batch, recomputed from what the trainer saw."""
+    seen = []
+
+    class Watched(ExGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            seen.append((output["is_replayed"].numpy().copy(), rewards[-1]))
+            return output
+
+    rewards = []
+
+    def reward(completions, **kwargs):
+        rewards.append(np.array([float(c[:1].isalpha()) for c in completions]))
+        return rewards[-1].tolist()
+
+    trainer = make_trainer(tmp_path, Watched, max_steps=6, reward_funcs=reward, retire_solved=False)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    for line, (is_replayed, batch) in zip(lines, seen, strict=True):
+        assert line["fresh/pass_rate"] == pytest.approx(batch[~is_replayed].mean())
+        assert line["fresh/reward"] == pytest.approx(batch[~is_replayed].mean())
+        assert line["replay/fraction"] == is_replayed.sum() / 4
+        groups = batch.reshape(4, 4)
+        assert line["fresh/frac_groups_without_signal"] == np.mean(groups.min(1) == groups.max(1))
+    assert seen[-1][0].any()
+
+
+def test_completions_table_marks_replayed_rows(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, retire_solved=False, log_completions=True)
+    trainer.train()
+    marked = 0
+    for step in range(1, 5):
+        table = pd.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
+        assert table["replayed"].dtype == bool
+        line = [line for line in trainer.state.log_history if line.get("step") == step and "loss" in line][0]
+        assert table["replayed"].sum() == line["replay/fraction"] * 4
+        marked += table["replayed"].sum()
+    assert marked > 0
+
+
+def test_importance_ratio_metrics():
+    log_ratios = np.log([1.0, 2.0, 4.0])
+    metrics = importance_ratio_metrics(log_ratios)
+    assert metrics["replay/importance_ratio_mean"] == pytest.approx(7 / 3)
+    assert metrics["replay/importance_ratio_max"] == pytest.approx(4)
+    assert metrics["replay/importance_ratio_q50"] == pytest.approx(2)
+    assert metrics["replay/effective_sample_size"] == pytest.approx(49 / (3 * 21))
+    assert importance_ratio_metrics(np.array([])) == {}
+    huge = importance_ratio_metrics(np.array([-2000.0, 2000.0]))
+    assert all(math.isfinite(value) for value in huge.values())
+    assert huge["replay/effective_sample_size"] == pytest.approx(0.5)
+
+
+def test_a_line_without_news_repeats_the_last_values():
+    metrics = ReplayMetrics()
+    metrics.add(fresh__reward=1.0)
+    metrics.add(fresh__reward=3.0, replay__reward=float("nan"))
+    assert metrics.flush() == {"fresh/reward": 2.0}
+    assert metrics.flush() == {"fresh/reward": 2.0}
+    metrics.add(fresh__reward=5.0)
+    assert metrics.flush() == {"fresh/reward": 5.0}
