@@ -76,9 +76,12 @@ class WatchedTrainer(ExGRPOTrainer):
 
     @staticmethod
     def compare(loss, gradient, expected, expected_gradient, oracle):
-        torch.testing.assert_close(loss.double(), expected.double(), rtol=2e-5, atol=2e-6, msg=lambda m: f"{oracle}: {m}")
+        torch.testing.assert_close(
+            loss.double(), expected.double(), rtol=2e-5, atol=2e-6, msg=lambda m: f"{oracle}: {m}"
+        )
         flat, flat_expected = (
-            torch.cat([g.double().flatten() for g in grads if g is not None]) for grads in (gradient, expected_gradient)
+            torch.cat([g.double().flatten() for g in grads if g is not None])
+            for grads in (gradient, expected_gradient)
         )
         error = (flat - flat_expected).norm() / flat_expected.norm().clamp(min=1e-6)
         assert error < 5e-5, f"{oracle}: gradient differs by {error:.2e}"
@@ -93,7 +96,7 @@ class WatchedTrainer(ExGRPOTrainer):
         if self.loss_type == "dr_grpo":
             return num_rows * self.max_completion_length * steps
         items = max(float(inputs["num_items_in_batch"]), 1.0)
-        return items * steps / self.args.steps_per_generation if TRL_VERSION >= Version("1.9.1") else items
+        return items * steps / self.args.steps_per_generation if Version("1.9.1") <= TRL_VERSION else items
 
     def policy_term(self, logps, old, advantage, is_replayed):
         """Minus the objective of one row, per token; shape (T,)."""
@@ -161,7 +164,9 @@ class WatchedTrainer(ExGRPOTrainer):
     def by_term(self, inputs):
         """TRL's loss with the replayed advantages at zero, plus the term of the replayed rows."""
         is_replayed, mask = inputs["is_replayed"], inputs["completion_mask"].bool()
-        without = {k: v for k, v in inputs.items() if k not in ("is_replayed", "behavior_per_token_logps", "rollout_rows")}
+        without = {
+            k: v for k, v in inputs.items() if k not in ("is_replayed", "behavior_per_token_logps", "rollout_rows")
+        }
         without["advantages"] = inputs["advantages"].masked_fill(is_replayed, 0.0)
         seen = []
         original = GRPOTrainer._get_per_token_logps_and_entropies

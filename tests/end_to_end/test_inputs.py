@@ -272,7 +272,9 @@ def test_continuous_rewards(tmp_path):
     def letter_rank(completions, **kwargs):
         return [(ord(c[0]) % 32) / 40 if c else 0.0 for c in completions]
 
-    trainer = make_trainer(tmp_path, max_steps=6, reward_funcs=letter_rank, difficulty="reward_std", retire_solved=False)
+    trainer = make_trainer(
+        tmp_path, max_steps=6, reward_funcs=letter_rank, difficulty="reward_std", retire_solved=False
+    )
     trainer.train()
     assert_replayed(trainer, steps=6)
     assert len(trainer.experience_buffer.buckets()) > 1

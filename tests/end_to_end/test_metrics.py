@@ -23,7 +23,9 @@ WHEN_REPLAYED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{}, {"per_device_train_batch_size": 8, "steps_per_generation": 2}], ids=["", "spg2"])
+@pytest.mark.parametrize(
+    "options", [{}, {"per_device_train_batch_size": 8, "steps_per_generation": 2}], ids=["", "spg2"]
+)
 def test_every_log_line(tmp_path, options):
     trainer = make_trainer(tmp_path, max_steps=6, retire_solved=False, **options)
     trainer.train()

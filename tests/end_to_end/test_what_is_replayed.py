@@ -95,7 +95,9 @@ def test_stored_log_probabilities_are_those_of_the_generating_policy(tmp_path, s
             for experience in buffer.completions(question_id):
                 with torch.no_grad():
                     logps, entropies = completion_logps(
-                        policies[experience.policy_version], trainer.prompt_ids(question_id), experience.token_ids.copy()
+                        policies[experience.policy_version],
+                        trainer.prompt_ids(question_id),
+                        experience.token_ids.copy(),
                     )
                 np.testing.assert_allclose(experience.behavior_per_token_logps, logps.numpy(), atol=2e-5)
                 assert experience.entropy == pytest.approx(entropies.mean().item(), abs=2e-5)

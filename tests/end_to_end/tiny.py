@@ -117,7 +117,7 @@ def make_trainer(output_dir: Any, trainer_class: Any = None, **options: Any) -> 
         config_class: Any = ExGRPOConfig
         options.setdefault("replay_start_pass_rate", None)
     else:
-        from trl import GRPOConfig as config_class  # noqa: N813
+        from trl import GRPOConfig as config_class
     for name in (*arguments, "tools", "rollout_func", "environment_factory"):
         if name in options:
             arguments[name] = options.pop(name)
@@ -131,7 +131,9 @@ def lora_config() -> Any:
     """LoRA on all linear layers of the tiny model, with weights that are not zero at the start."""
     from peft import LoraConfig
 
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
 
 
 def parameters_of(trainer: Any) -> dict[str, torch.Tensor]:

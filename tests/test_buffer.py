@@ -1,0 +1,641 @@
+import math
+import random
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from exgrpo_trl.buffer import ExperienceBuffer
+from exgrpo_trl.experience import Experience, Question
+
+K = 4
+
+
+def make(*token_ids, version=0, reward=1.0, entropy=math.nan):
+    return Experience.create(
+        token_ids, [-0.5] * len(token_ids), policy_version=version, reward=reward, entropy=entropy
+    )
+
+
+def ask(name):
+    return Question(name, {"prompt": f"prompt of {name}", "answer": 1})
+
+
+def collect(buffer, name, *experiences, correct=1, **kwargs):
+    return buffer.collect(ask(name), experiences, num_correct=correct, group_size=K, **kwargs)
+
+
+def tokens_of(buffer, name):
+    return [experience.token_ids.tolist() for experience in buffer.completions(name)]
+
+
+class Twin:
+    """The buffer as one list of rows, oldest first, that every operation walks."""
+
+    def __init__(self, capacity, per_question, retire_solved):
+        self.capacity, self.per_question, self.retire_solved = capacity, per_question, retire_solved
+        self.rows, self.bucket, self.retired = [], {}, []
+        self.evicted = self.duplicates = 0
+
+    def of(self, name):
+        return [experience for owner, experience in self.rows if owner == name]
+
+    def drop(self, keep):
+        kept = [row for row in self.rows if keep(row)]
+        num_dropped = len(self.rows) - len(kept)
+        self.rows = kept
+        self.bucket = {name: bucket for name, bucket in self.bucket.items() if self.of(name)}
+        return num_dropped
+
+    def evict(self, victim):
+        num_dropped = self.drop(lambda row: row[1] is not victim)
+        self.evicted += num_dropped
+        return num_dropped
+
+    def limit(self, *names):
+        for name in names:
+            while self.per_question and len(self.of(name)) > self.per_question:
+                self.evict(self.of(name)[0])
+        while self.capacity and len(self.rows) > self.capacity:
+            oldest = min(experience.policy_version for _, experience in self.rows)
+            self.evict([experience for _, experience in self.rows if experience.policy_version == oldest][-1])
+
+    def collect(self, name, experiences, correct, bucket):
+        if name in self.retired or correct == 0:
+            return 0
+        if correct == K and self.retire_solved:
+            self.retire(name)
+            return 0
+        num_inserted = 0
+        for experience in experiences:
+            if experience.token_ids.tolist() in [stored.token_ids.tolist() for stored in self.of(name)]:
+                self.duplicates += 1
+            else:
+                self.rows.append((name, experience))
+                num_inserted += 1
+        if self.of(name):
+            self.bucket[name] = correct if bucket is None else bucket
+        self.limit(name)
+        return num_inserted
+
+    def retire(self, name):
+        self.drop(lambda row: row[0] != name)
+        if name not in self.retired:
+            self.retired.append(name)
+
+
+def assert_same(buffer, twin):
+    assert buffer.check_valid() == (True, "")
+    assert buffer.num_questions == len(twin.bucket)
+    assert buffer.num_completions == len(twin.rows)
+    assert buffer.num_tokens == sum(len(experience) for _, experience in twin.rows)
+    assert (buffer.num_evicted, buffer.num_duplicates) == (twin.evicted, twin.duplicates)
+    assert list(buffer.retired) == twin.retired
+    buckets = {bucket: set(names) for bucket, names in buffer.buckets().items()}
+    expected = {}
+    for name, bucket in twin.bucket.items():
+        expected.setdefault(bucket, set()).add(name)
+    assert list(buckets.items()) == sorted(expected.items())
+    for name in twin.bucket:
+        assert list(buffer.completions(name)) == twin.of(name)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "per_question", "retire_solved"),
+    [(None, None, True), (25, None, False), (None, 2, True), (20, 3, True)],
+)
+def test_random_operations_match_the_slow_twin(capacity, per_question, retire_solved):
+    chance = random.Random(f"{capacity} {per_question}")
+    buffer = ExperienceBuffer(
+        group_size=K, capacity=capacity, max_completions_per_question=per_question, retire_solved=retire_solved
+    )
+    twin = Twin(capacity, per_question, retire_solved)
+    names = [f"q{number}" for number in range(200)]
+    used = set()
+    for step in range(4000):
+        operation = chance.choices(
+            ["collect", "evict", "foreign", "retire", "age", "limits", "sample"], [70, 8, 3, 1, 2, 1, 10]
+        )[0]
+        # A window of names that moves on, as questions retire for good.
+        name = names[min(step // 25 + chance.randrange(15), 199)]
+        used.add(operation)
+        if operation == "collect":
+            group = [
+                make(
+                    *chance.choices(range(3), k=chance.randint(1, 3)), version=max(0, step // 10 - chance.randrange(4))
+                )
+                for _ in range(chance.randint(0, 3))
+            ]
+            correct = chance.choices(range(K + 1), [2, 6, 6, 6, 1])[0]
+            bucket = chance.choice([None, None, chance.randint(0, K)])
+            given = collect(buffer, name, *group, correct=correct, bucket=bucket)
+            assert given == twin.collect(name, group, correct, bucket)
+        elif operation == "evict" and twin.rows:
+            name, victim = chance.choice(twin.rows)
+            assert buffer.evict(name, make(*victim.token_ids)) is True
+            twin.evict(victim)
+        elif operation == "foreign":
+            assert buffer.evict(name, make(9, 9)) is False
+        elif operation == "retire":
+            buffer.retire(name)
+            twin.retire(name)
+        elif operation == "age":
+            oldest = max(0, step // 10 - chance.randrange(2, 9))
+            num_dropped = twin.drop(lambda row, oldest=oldest: row[1].policy_version >= oldest)
+            twin.evicted += num_dropped
+            assert buffer.evict_older_than(oldest) == num_dropped
+        elif operation == "limits" and capacity:
+            twin.capacity, twin.per_question = chance.randint(5, 40), chance.choice([None, 1, 3])
+            # What goes first when both limits shrink: each question's own limit.
+            twin.limit(*twin.bucket)
+            buffer.set_limits(capacity=twin.capacity, max_completions_per_question=twin.per_question)
+        elif operation == "sample":
+            drawn = buffer.sample_questions(5)
+            assert len(drawn) == min(5, len(twin.bucket))
+            assert set(drawn) <= set(twin.bucket)
+        assert_same(buffer, twin)
+    assert len(used) == 7
+    assert twin.retired
+    assert twin.evicted > 50
+    assert twin.duplicates > 50
+
+
+def test_latest_group_decides_the_bucket():
+    buffer = ExperienceBuffer()
+    assert collect(buffer, "a", make(1), correct=1) == 1
+    assert {bucket: list(names) for bucket, names in buffer.buckets().items()} == {1: ["a"]}
+    assert collect(buffer, "a", make(1), correct=3) == 0
+    assert {bucket: list(names) for bucket, names in buffer.buckets().items()} == {3: ["a"]}
+    assert collect(buffer, "a", correct=2) == 0
+    assert collect(buffer, "a", make(2), correct=0) == 0
+    assert {bucket: list(names) for bucket, names in buffer.buckets().items()} == {2: ["a"]}
+    assert tokens_of(buffer, "a") == [[1]]
+    assert (buffer.num_duplicates, buffer.num_evicted) == (1, 0)
+
+
+def test_nothing_correct_and_nothing_fresh_store_nothing():
+    buffer = ExperienceBuffer()
+    assert collect(buffer, "a", make(1), correct=0) == 0
+    assert collect(buffer, "b", correct=2) == 0
+    assert (buffer.num_questions, dict(buffer.buckets())) == (0, {})
+    assert buffer.group_size == K
+
+
+def test_solved_questions_retire_for_good():
+    buffer = ExperienceBuffer()
+    collect(buffer, "a", make(1), make(2), correct=2)
+    collect(buffer, "b", make(1))
+    assert collect(buffer, "a", make(3), correct=K) == 0
+    assert collect(buffer, "a", make(4), correct=1) == 0
+    assert "a" not in buffer
+    assert list(buffer.retired) == ["a"]
+    buffer.retire("never seen")
+    buffer.retire("a")
+    assert list(buffer.retired) == ["a", "never seen"]
+    assert "never seen" in buffer.retired
+    assert buffer.num_evicted == 0
+    assert not hasattr(buffer.retired, "add")
+    with pytest.raises(AttributeError):
+        buffer.retired = set()
+
+
+def test_solved_questions_may_stay():
+    buffer = ExperienceBuffer(retire_solved=False)
+    assert collect(buffer, "a", make(1), correct=K) == 1
+    assert list(buffer.buckets()) == [K]
+    assert buffer.metrics()[f"bucket_{K}"] == 1
+    assert not buffer.retired
+
+
+def test_first_example_is_kept_and_the_prompt_must_stay():
+    buffer = ExperienceBuffer()
+    collect(buffer, "a", make(1))
+    later = Question("a", {"prompt": "prompt of a", "answer": 2})
+    buffer.collect(later, [make(2)], num_correct=1, group_size=K)
+    assert buffer.question("a").example["answer"] == 1
+    for correct in range(K + 1):
+        with pytest.raises(ValueError, match=r"'a' belongs to two prompts: 'prompt of a' and 'else'"):
+            buffer.collect(Question("a", {"prompt": "else"}), [make(3)], num_correct=correct, group_size=K)
+    assert tokens_of(buffer, "a") == [[1], [2]]
+
+
+def test_same_tokens_of_two_questions_are_two_completions():
+    buffer = ExperienceBuffer()
+    experience = make(1)
+    collect(buffer, "a", experience)
+    collect(buffer, "b", experience)
+    assert (buffer.num_completions, buffer.num_duplicates) == (2, 0)
+    assert buffer.check_valid() == (True, "")
+    assert buffer.evict("a", experience)
+    assert tokens_of(buffer, "b") == [[1]]
+    assert buffer.check_valid() == (True, "")
+
+
+def test_capacity_evicts_the_oldest_policy_first():
+    buffer = ExperienceBuffer(capacity=3)
+    collect(buffer, "a", make(1, version=5))
+    collect(buffer, "b", make(2, version=1), make(3, version=7))
+    assert collect(buffer, "c", make(4, version=6)) == 1
+    assert tokens_of(buffer, "b") == [[3]]
+    collect(buffer, "c", make(5, version=8))
+    assert "a" not in buffer
+    assert list(buffer.buckets()[1]) == ["c", "b"]
+    assert (buffer.num_completions, buffer.num_evicted) == (3, 2)
+    # Older than everything stored: it goes at once.
+    assert collect(buffer, "d", make(6, version=0)) == 1
+    assert "d" not in buffer
+
+
+def test_limit_per_question_evicts_its_oldest():
+    buffer = ExperienceBuffer(max_completions_per_question=2)
+    collect(buffer, "a", make(1, version=9), make(2, version=3))
+    collect(buffer, "a", make(3, version=4))
+    assert tokens_of(buffer, "a") == [[2], [3]]
+    collect(buffer, "a", make(4), make(5), make(6))
+    assert tokens_of(buffer, "a") == [[5], [6]]
+    assert (buffer.num_evicted, buffer.num_tokens) == (4, 2)
+
+
+def test_staleness_limit():
+    buffer = ExperienceBuffer()
+    for version in (4, 2, 9, 2, 0):
+        collect(buffer, f"q{version}", make(version, buffer.num_completions, version=version))
+    assert buffer.evict_older_than(0) == 0
+    assert buffer.evict_older_than(4) == 3
+    assert sorted(buffer.buckets()[1]) == ["q4", "q9"]
+    assert buffer.evict_older_than(4) == 0
+    assert buffer.evict_older_than(100) == 2
+    assert (buffer.num_questions, buffer.num_tokens, buffer.num_evicted) == (0, 0, 5)
+    assert buffer.check_valid() == (True, "")
+
+
+def test_bucket_views_are_live_and_read_only():
+    buffer = ExperienceBuffer()
+    for name in "abc":
+        collect(buffer, name, make(1))
+    buckets = buffer.buckets()
+    view = buckets[1]
+    assert (len(view), view[0], list(view), view[-2:], "b" in view) == (3, "a", ["a", "b", "c"], ["b", "c"], True)
+    collect(buffer, "d", make(1))
+    assert len(view) == 4
+    assert not [name for name in dir(view) if name in ("add", "append", "remove", "pop", "clear", "__setitem__")]
+    with pytest.raises(TypeError):
+        buckets[1] = []
+
+
+def test_metrics_have_stable_names():
+    buffer = ExperienceBuffer()
+    sizes = ["questions", "completions", "tokens", "retired", "evicted", "duplicates"]
+    assert buffer.metrics() == dict.fromkeys(sizes, 0.0)
+    collect(buffer, "a", make(1, 2), make(1, 2), correct=2)
+    collect(buffer, "b", make(1), correct=2, bucket=0)
+    collect(buffer, "c", correct=K)
+    buffer.evict("a", make(1, 2))
+    assert buffer.metrics() == {
+        "questions": 1,
+        "completions": 1,
+        "tokens": 1,
+        "retired": 1,
+        "evicted": 1,
+        "duplicates": 1,
+        "bucket_0": 1,
+        "bucket_1": 0,
+        "bucket_2": 0,
+        "bucket_3": 0,
+    }
+    assert {type(value) for value in buffer.metrics().values()} == {float}
+
+
+def test_sampling_is_capped_seeded_and_pluggable():
+    buffer, twin = ExperienceBuffer(seed=7), ExperienceBuffer(seed=7)
+    for target in (buffer, twin):
+        for number in range(30):
+            collect(target, f"q{number}", make(1), correct=1 + number % 3)
+    assert buffer.sample_questions(0) == []
+    assert sorted(buffer.sample_questions(99)) == sorted(twin.sample_questions(30))
+    draws = [buffer.sample_questions(5) for _ in range(10)]
+    assert draws == [twin.sample_questions(5) for _ in range(10)]
+    assert len(set(map(tuple, draws))) > 1
+    seen = []
+
+    def sampler(pool, n, rng):
+        seen.append((pool, n, rng))
+        return ("q3",)
+
+    assert buffer.sample_questions(2, sampler) == ["q3"]
+    assert seen == [(buffer, 2, buffer.rng)]
+    assert ExperienceBuffer().sample_questions(3, sampler) == []
+
+
+@pytest.mark.parametrize(
+    ("drawn", "message"),
+    [(["a", "b", "c"], "3 questions, at most 2"), (["a", "a"], "twice"), (["a", "z"], "'z'")],
+)
+def test_what_a_sampler_returns_is_checked(drawn, message):
+    buffer = ExperienceBuffer()
+    for name in "abc":
+        collect(buffer, name, make(1))
+    with pytest.raises(ValueError, match=message):
+        buffer.sample_questions(2, lambda pool, n, rng: drawn)
+    with pytest.raises(ValueError, match="-1"):
+        buffer.sample_questions(-1)
+
+
+def test_strategies_of_other_papers_are_plain_callables():
+    buffer = ExperienceBuffer()
+    for number in range(12):
+        collect(buffer, f"q{number}", make(number, version=number), correct=1 + number % 3)
+
+    def by_pass_rate(pool, n, rng, tau=0.1):  # DOTS + RR
+        ids = [(name, bucket / pool.group_size) for bucket, names in pool.buckets().items() for name in names]
+        weights = np.exp([-abs(rate - 0.5) / tau for _, rate in ids])
+        return [ids[i][0] for i in rng.choice(len(ids), n, replace=False, p=weights / weights.sum())]
+
+    last_use = {}
+
+    def with_cooldown(pool, n, rng, step=[0]):  # noqa: B006 - Prompt Replay: no question twice within three draws
+        step[0] += 1
+        names = [name for names in pool.buckets().values() for name in names if step[0] - last_use.get(name, -9) > 3]
+        last_use.update(dict.fromkeys(names[:n], step[0]))
+        return names[:n]
+
+    def by_freshness(pool, n, rng):  # FreshPER: recent completions first
+        newest = {
+            name: max(experience.policy_version for experience in pool.completions(name))
+            for names in pool.buckets().values()
+            for name in names
+        }
+        return sorted(newest, key=newest.get)[-n:]
+
+    assert len(buffer.sample_questions(4, by_pass_rate)) == 4
+    assert buffer.sample_questions(3, by_freshness) == ["q9", "q10", "q11"]
+    draws = [buffer.sample_questions(3, with_cooldown) for _ in range(5)]
+    assert len({name for drawn in draws[:4] for name in drawn}) == 12
+    assert draws[4] == draws[0]
+
+
+@pytest.mark.parametrize("name", ["group_size", "capacity", "max_completions_per_question"])
+def test_sizes_are_checked(name):
+    for value in (0, -3):
+        with pytest.raises(ValueError, match=rf"`{name}`.*{value}"):
+            ExperienceBuffer(**{name: value})
+    with pytest.raises(TypeError, match=rf"`{name}`.*1.5"):
+        ExperienceBuffer(**{name: 1.5})
+    assert getattr(ExperienceBuffer(**{name: np.int64(2)}), name) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"group_size": 8}, ValueError, "groups of 4, got `group_size`=8"),
+        ({"group_size": 0}, ValueError, "0"),
+        ({"num_correct": 5}, ValueError, r"`num_correct` must lie in 0..4, got 5"),
+        ({"num_correct": -1}, ValueError, "-1"),
+        ({"num_correct": 1.0}, TypeError, "1.0"),
+        ({"bucket": 5}, ValueError, r"`bucket` must lie in 0..4, got 5"),
+        ({"bucket": -1}, ValueError, "-1"),
+        ({"question": "a"}, TypeError, "Question"),
+        ({"experiences": [[1, 2]]}, TypeError, "Experience.create"),
+    ],
+)
+def test_collect_refuses_and_changes_nothing(arguments, error, message):
+    buffer = ExperienceBuffer()
+    collect(buffer, "a", make(1))
+    good = {"question": ask("a"), "experiences": [make(2)], "num_correct": 2, "group_size": K}
+    arguments = {**good, **arguments}
+    with pytest.raises(error, match=message):
+        buffer.collect(arguments.pop("question"), arguments.pop("experiences"), **arguments)
+    assert tokens_of(buffer, "a") == [[1]]
+    assert list(buffer.buckets()) == [1]
+    assert buffer.collect(**good) == 1
+
+
+def test_unknown_questions():
+    buffer = ExperienceBuffer()
+    for method in (buffer.question, buffer.completions):
+        with pytest.raises(KeyError, match="no completion of question 'x'"):
+            method("x")
+    assert buffer.evict("x", make(1)) is False
+    assert "x" not in buffer
+
+
+def test_limits_can_be_replaced():
+    buffer = ExperienceBuffer()
+    for version in range(6):
+        collect(buffer, f"q{version % 2}", make(version, version=version))
+    buffer.set_limits(capacity=3, max_completions_per_question=2)
+    assert (tokens_of(buffer, "q0"), tokens_of(buffer, "q1")) == ([[4]], [[3], [5]])
+    assert (buffer.capacity, buffer.max_completions_per_question) == (3, 2)
+    with pytest.raises(ValueError, match="capacity"):
+        buffer.set_limits(capacity=0, max_completions_per_question=1)
+    with pytest.raises(ValueError, match="max_completions_per_question"):
+        buffer.set_limits(capacity=1, max_completions_per_question=0)
+    assert (buffer.num_completions, buffer.capacity, buffer.max_completions_per_question) == (3, 3, 2)
+
+
+BREAKS = {
+    "count of completions": lambda buffer: setattr(buffer, "_num_completions", 9),
+    "count of tokens": lambda buffer: setattr(buffer, "_num_tokens", 9),
+    "retired": lambda buffer: buffer._retired.update(a=None),
+    "bucket position": lambda buffer: buffer._buckets[1]._positions.update(a=1),
+    "bucket member": lambda buffer: buffer._buckets[1].add("z"),
+    "lost bucket": lambda buffer: buffer._buckets.pop(1),
+    "wrong bucket": lambda buffer: setattr(buffer._questions["a"], "bucket", 2),
+    "bucket out of range": lambda buffer: setattr(buffer, "_group_size", None),
+    "no completions": lambda buffer: buffer._questions["a"].completions.clear(),
+    "key": lambda buffer: buffer._questions["a"].completions.update(x=make(3)),
+    "id": lambda buffer: setattr(buffer._questions["a"], "question", ask("b")),
+    "version": lambda buffer: buffer._versions.remove(buffer.completions("a")[0]),
+    "foreign version": lambda buffer: buffer._versions.add(make(1), "a"),
+    "heap": lambda buffer: buffer._versions._heap.append(77),
+    "capacity": lambda buffer: setattr(buffer, "_capacity", 1),
+    "limit per question": lambda buffer: setattr(buffer, "_max_per_question", 1),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_check_valid_sees(name):
+    buffer = ExperienceBuffer()
+    collect(buffer, "a", make(1), make(2))
+    collect(buffer, "b", make(1))
+    assert buffer.check_valid() == (True, "")
+    BREAKS[name](buffer)
+    is_valid, reason = buffer.check_valid()
+    assert not is_valid
+    assert reason
+
+
+class NoWalkDict(dict):
+    def _refuse(self, *args):
+        raise AssertionError("walked")
+
+    __iter__ = keys = values = items = copy = __reversed__ = __eq__ = _refuse
+    __hash__ = None
+
+
+class NoWalkList(list):
+    def _refuse(self, *args):
+        raise AssertionError("walked")
+
+    __iter__ = copy = index = count = remove = insert = __contains__ = __reversed__ = sort = reverse = __eq__ = _refuse
+    __hash__ = None
+
+
+def big_buffer(num_questions):
+    buffer = ExperienceBuffer(group_size=K)
+    for number in range(num_questions):
+        collect(
+            buffer, f"q{number}", make(number % 1000, version=number * 16 // num_questions), correct=1 + number % 3
+        )
+    # From here on, to walk anything that grows with the buffer is an error.
+    buffer._questions = NoWalkDict(buffer._questions)
+    buffer._retired = NoWalkDict(buffer._retired)
+    for bucket in buffer._buckets.values():
+        bucket._ids, bucket._positions = NoWalkList(bucket._ids), NoWalkDict(bucket._positions)
+    buffer._versions._owners = {version: NoWalkDict(owners) for version, owners in buffer._versions._owners.items()}
+    return buffer
+
+
+def lines_executed(function):
+    """Lines of Python that a call executes, in our package only."""
+    num_lines = 0
+
+    def trace(frame, event, argument):
+        nonlocal num_lines
+        if "exgrpo_trl" not in frame.f_code.co_filename:
+            return None
+        num_lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return num_lines
+
+
+def test_no_operation_on_the_training_path_walks_the_buffer():
+    def operations(buffer):
+        size = buffer.num_questions
+        return {
+            "insert": lambda: collect(buffer, "new", make(1, version=20)),
+            "insert and move": lambda: collect(buffer, "q7", make(1, version=20), correct=3),
+            "evict": lambda: buffer.evict("q8", make(8)),
+            "retire": lambda: buffer.retire("q9"),
+            "draw": lambda: (
+                buffer.rng.bit_generator.__setstate__(np.random.PCG64(1).__getstate__()) or buffer.sample_questions(8)
+            ),
+            "read": lambda: (buffer.completions("q7"), buffer.question("q7"), buffer.metrics(), "q7" in buffer),
+            "evict stale": lambda: buffer.evict_older_than(0),
+            "replace at capacity": lambda: (
+                setattr(buffer, "_capacity", buffer.num_completions),
+                collect(buffer, "newer", make(1, version=21)),
+            ),
+            "still all there": lambda: pytest.fail("lost") if buffer.num_questions < size - 3 else None,
+        }
+
+    small, large = operations(big_buffer(300)), operations(big_buffer(6000))
+    for name in small:
+        assert lines_executed(small[name]) == lines_executed(large[name]), name
+
+
+def test_memory_per_completion():
+    num_questions, per_question, num_tokens = 500, 4, 512
+    questions = [ask(f"q{number}") for number in range(num_questions)]
+    rng = np.random.default_rng(0)
+    logps = -rng.random(num_tokens)
+    tracemalloc.start()
+    try:
+        buffer = ExperienceBuffer(group_size=K)
+        before = tracemalloc.get_traced_memory()[0]
+        for step in range(per_question):
+            for number, question in enumerate(questions):
+                ids = rng.integers(0, 150_000, num_tokens)
+                experience = Experience.create(
+                    ids, logps, policy_version=step * 4 + number // 128, reward=step + 0.5, entropy=number / 7
+                )
+                buffer.collect(question, [experience], num_correct=1, group_size=K)
+        del ids, experience
+        num_bytes = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert buffer.num_tokens == num_questions * per_question * num_tokens
+    assert num_bytes <= 8.5 * buffer.num_tokens + 250 * buffer.num_completions
+
+
+def test_dataset_round_trip():
+    datasets = pytest.importorskip("datasets")
+    buffer = ExperienceBuffer()
+    collect(buffer, "a", make(1, 2, version=3, entropy=0.5), make(3, reward=-2.5), correct=2)
+    collect(buffer, "b", make(1), correct=3)
+    collect(buffer, "c", make(5), correct=1)
+    collect(buffer, "d", correct=K)
+    dataset = buffer.to_dataset()
+    assert dataset.column_names == [
+        *("question_id", "example", "bucket", "token_ids", "behavior_per_token_logps"),
+        *("policy_version", "reward", "entropy"),
+    ]
+    assert dataset["question_id"][:] == ["c", "a", "a", "b"]
+    assert dataset[1]["token_ids"] == [1, 2]
+    assert dataset[1]["behavior_per_token_logps"] == [-0.5, -0.5]
+    # As it comes back from other tools: plain Python values, so int64, float64 and ordinary lists.
+    plain = datasets.Dataset.from_list(dataset.select_columns(dataset.column_names[::-1]).to_list())
+    for source in (dataset, plain, plain.with_format("numpy")):
+        again = ExperienceBuffer.from_dataset(source, group_size=K, seed=3)
+        assert again.check_valid() == (True, "")
+        # As text, since NaN is not equal to itself.
+        assert str(again.to_dataset().to_list()) == str(dataset.to_list())
+        assert again.question("a") == buffer.question("a")
+        assert not again.retired
+    assert ExperienceBuffer.from_dataset(plain, group_size=K, capacity=2).num_completions == 2
+    limited = ExperienceBuffer.from_dataset(plain, group_size=K, max_completions_per_question=1)
+    assert tokens_of(limited, "a") == [[3]]
+    assert len(ExperienceBuffer().to_dataset()) == 0
+    assert ExperienceBuffer.from_dataset(ExperienceBuffer().to_dataset(), group_size=K).num_questions == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": None}, "`reward` is never null"),
+        ({"token_ids": [-1]}, "not negative"),
+        ({"token_ids": [2**31]}, "expected types"),
+        ({"token_ids": [1, 2]}, "as many log-probabilities"),
+        ({"token_ids": [], "behavior_per_token_logps": []}, "has a token"),
+        ({"token_ids": ["a"]}, "expected types"),
+        ({"behavior_per_token_logps": [0.5]}, "at most 0"),
+        ({"behavior_per_token_logps": [math.nan]}, "finite"),
+        ({"policy_version": -1}, "versions are not negative"),
+        ({"reward": math.nan}, "rewards are finite"),
+        ({"entropy": math.inf}, "entropies"),
+        ({"bucket": 9}, "`bucket`.*9"),
+        ({"bucket": None}, "`bucket` is never null"),
+        ({"example": "{}"}, "no 'prompt'"),
+        ({"example": "x"}, "."),
+    ],
+)
+def test_from_dataset_refuses(changes, message):
+    datasets = pytest.importorskip("datasets")
+    buffer = ExperienceBuffer()
+    collect(buffer, "a", make(1))
+    row = buffer.to_dataset()[0]
+    with pytest.raises(ValueError, match=message):
+        ExperienceBuffer.from_dataset(datasets.Dataset.from_list([row | changes]), group_size=K)
+
+
+def test_from_dataset_refuses_other_things():
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match=r"lacks the columns \['question_id'.*\['prompt'\]"):
+        ExperienceBuffer.from_dataset(datasets.Dataset.from_list([{"prompt": "a"}]), group_size=K)
+    with pytest.raises(TypeError, match="list"):
+        ExperienceBuffer.from_dataset([], group_size=K)
+    rows = []
+    for prompt in ("one", "two"):
+        buffer = ExperienceBuffer()
+        buffer.collect(Question("a", {"prompt": prompt}), [make(len(rows))], num_correct=1, group_size=K)
+        rows += buffer.to_dataset().to_list()
+    with pytest.raises(ValueError, match="two prompts"):
+        ExperienceBuffer.from_dataset(datasets.Dataset.from_list(rows), group_size=K)

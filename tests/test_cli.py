@@ -1,0 +1,98 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from exgrpo_trl.buffer import ExperienceBuffer
+from exgrpo_trl.cli import main
+from exgrpo_trl.experience import Experience, Question
+
+
+@pytest.fixture
+def path(tmp_path):
+    buffer = ExperienceBuffer(capacity=5000)
+    for number in range(120):
+        experience = Experience.create([1] * 10, [-0.5] * 10, policy_version=3 + number, reward=1.0)
+        bucket = 2 if number < 100 else 5 if number < 119 else 7
+        question = Question(f"q{number}", {"prompt": "a"})
+        buffer.collect(question, [experience], num_correct=bucket, group_size=8)
+    buffer.retire("solved")
+    buffer.provenance = {"tokenizer": "[red]abc[/red]", "temperature": 0.75}
+    buffer.save(tmp_path / "checkpoint-10" / "experience_buffer")
+    return tmp_path / "checkpoint-10" / "experience_buffer"
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_show(path, capsys, checkpoint):
+    assert main(["show", str(path.parent if checkpoint else path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = [" ".join(line.split()) for line in printed.out.splitlines()]
+    assert str(path) in printed.out
+    for expected in (
+        "questions 120",
+        "tokens 1,200",
+        "retired 1",
+        "policy versions 3 to 122",
+        "capacity 5000",
+        "max completions per question none",
+        "tokenizer [red]abc[/red]",
+        "temperature 0.75",
+        "1/8 0",
+        f"2/8 100 {'#' * 40}",
+        f"5/8 19 {'#' * 8}",
+        "6/8 0",
+        "7/8 1 #",
+    ):
+        assert expected in lines
+
+
+def test_show_json(path, capsys):
+    assert main(["show", str(path), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["buckets"] == {"2": 100, "5": 19, "7": 1}
+    assert summary["counts"]["tokens"] == 1200
+    assert summary["policy_versions"] == {"oldest": 3, "newest": 122}
+    assert summary["settings"]["capacity"] == 5000
+    assert summary["provenance"]["temperature"] == 0.75
+
+
+def test_show_empty_buffer(tmp_path, capsys):
+    ExperienceBuffer().save(tmp_path / "buffer")
+    assert main(["show", str(tmp_path / "buffer")]) == 0
+    assert "policy versions none" in " ".join(capsys.readouterr().out.split())
+
+
+def test_errors_are_one_line_and_exit_code_1(path, tmp_path, capsys):
+    (path / "completions.parquet").unlink()
+    for broken, message in ((path, "has no completions.parquet"), (tmp_path / "[bold]none", "does not exist")):
+        for extra in ([], ["--json"]):
+            assert main(["show", str(broken), *extra]) == 1
+            printed = capsys.readouterr()
+            assert printed.out == ""
+            assert message in printed.err
+            assert str(broken) in printed.err
+            assert printed.err.count("\n") == 1
+
+
+def test_usage(capsys):
+    for arguments in ([], ["unknown"], ["show"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_command_never_imports_torch(path):
+    code = (
+        "import sys; from exgrpo_trl.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or ('torch' in sys.modules) * 50 or ('trl' in sys.modules) * 60)"
+    )
+    environment = {**os.environ, "COLUMNS": "30"}
+    for arguments, expected in ((["show", str(path)], 0), (["show", str(path / "x")], 1)):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
+        )
+        assert (result.returncode, "Traceback" in result.stderr) == (expected, False), result.stderr
