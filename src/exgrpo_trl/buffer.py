@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from types import MappingProxyType
@@ -13,6 +13,7 @@ import numpy as np
 
 from .experience import Experience, Question
 from .indices import Bucket, BucketView, VersionIndex
+from .invariants import violations
 from .sampling import QuestionSampler, gaussian_sampler
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ class ExperienceBuffer:
 
     def check_valid(self) -> tuple[bool, str]:
         """Whether all invariants hold, and the reason if not. Walks the whole buffer: for tests and loading."""
-        reason = next(self._violations(), "")
+        reason = next(violations(self), "")
         return not reason, reason
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -473,48 +474,6 @@ class ExperienceBuffer:
         for experience, question_id in by_age:
             self._versions.add(experience, question_id)
         self._retired.update(dict.fromkeys(retired))
-
-    def _violations(self) -> Iterator[str]:
-        completions = tokens = 0
-        for question_id, stored in self._questions.items():
-            if question_id != stored.question.question_id:
-                yield f"question {stored.question.question_id!r} is stored as {question_id!r}"
-            if question_id in self._retired:
-                yield f"question {question_id!r} is stored and retired"
-            if question_id not in self._buckets.get(stored.bucket, ()):
-                yield f"question {question_id!r} is not in its bucket {stored.bucket}"
-            if not stored.completions:
-                yield f"question {question_id!r} has no completion"
-            if len(stored.completions) > (self._max_per_question or len(stored.completions)):
-                yield f"question {question_id!r} has {len(stored.completions)} completions"
-            for token_bytes, experience in stored.completions.items():
-                completions += 1
-                tokens += experience.num_tokens
-                if token_bytes != experience.token_bytes or len(token_bytes) != len(experience.logp_bytes):
-                    yield f"a completion of question {question_id!r} has tokens that are not its own"
-                if experience not in self._versions:
-                    yield f"a completion of question {question_id!r} has no policy version"
-        if (completions, tokens) != (self._num_completions, self._num_tokens):
-            yield f"{self._num_completions} completions with {self._num_tokens} tokens are counted, there are " + (
-                f"{completions} with {tokens}"
-            )
-        if completions > (self._capacity or completions):
-            yield f"{completions} completions exceed the capacity of {self._capacity}"
-        for bucket, ids in self._buckets.items():
-            if not ids or not 0 <= bucket <= (self._group_size or 0):
-                yield f"bucket {bucket} of {len(ids)} questions cannot be"
-            if not ids.is_consistent():
-                yield f"the positions in bucket {bucket} are wrong"
-        if sum(map(len, self._buckets.values())) != len(self._questions):
-            yield "a bucket holds a question that is not stored in it"
-        owners = list(self._versions)
-        if len(owners) != completions or not self._versions.is_consistent():
-            yield "the policy versions hold completions that are not stored"
-        for experience, question_id in owners:
-            if question_id not in self._questions or (
-                self._questions[question_id].completions.get(experience.token_bytes) is not experience
-            ):
-                yield f"a policy version holds a completion that question {question_id!r} does not have"
 
 
 def _checked_size(name: str, value: int | None) -> int | None:

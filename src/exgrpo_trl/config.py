@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from trl import GRPOConfig
@@ -175,7 +175,7 @@ class ExGRPOConfig(GRPOConfig):
         _check_choice("completion_selection", self.completion_selection, COMPLETION_SELECTORS)
         _check_choice("replay_weighting", self.replay_weighting, REPLAY_WEIGHTINGS)
         _check_choice("difficulty", self.difficulty, _DIFFICULTIES)
-        if isinstance(self.num_generations, Integral) and self.num_generations < 2:
+        if isinstance(self.num_generations, int) and self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations} leaves no group to compare a completion with. "
                 "Set it to at least 2."
@@ -199,7 +199,7 @@ def _check_range(
 
 
 def _check_count(name: str, value: Any, *, minimum: int) -> None:
-    if value is None or (isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= minimum):
         return
     raise ValueError(f"{name}={value!r} is out of range. It must be an integer of at least {minimum}, or None.")
 

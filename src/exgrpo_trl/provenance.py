@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .buffer import ExperienceBuffer
 from .config import ExGRPOConfig
 from .experience import ExperienceBufferError
-from .replay import ReplayBuffer
+from .protocols import ReplayBuffer
 
 _LIMITS = {
     "group_size": "num_generations",
@@ -122,6 +122,6 @@ def check_buffer(
                 if experience.token_ids.max() >= vocab_size:
                     raise ExperienceBufferError(
                         f"The experience buffer {source} holds token id {experience.token_ids.max()} for question "
-                        f"{question_id!r}, but the model knows only {vocab_size} tokens. Use the model family that the "
-                        "buffer was collected with."
+                        f"{question_id!r}, but the model knows only {vocab_size} tokens. Use the model family that "
+                        "the buffer was collected with."
                     )

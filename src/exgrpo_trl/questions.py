@@ -1,12 +1,17 @@
 """Questions of the training dataset: their ids, and the sampler that leaves retired ones out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
+from transformers.utils import logging
 
 from .experience import question_id_of
+
+logger = logging.get_logger(__name__)
 
 
 def row_question_id(row: Mapping[str, Any], question_id_column: str | None) -> str:
@@ -73,6 +78,71 @@ def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[s
                 "Give every prompt an id of its own, or use None to identify questions by their prompt."
             )
     return question_ids
+
+
+class DroppedQuestions:
+    """
+    Which rows of a training dataset an epoch leaves out: those of the questions that were retired when it began.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Training dataset.
+        question_id_column (`str` or `None`):
+            Column that holds the question id. `None` hashes the prompt.
+        min_rows (`int`):
+            Rows that always stay: the questions of one generation batch. Below that the dataset stops shrinking, as in
+            the released code of the paper.
+    """
+
+    def __init__(self, dataset: Any, question_id_column: str | None, min_rows: int) -> None:
+        self.dataset = dataset
+        self.question_id_column = question_id_column
+        self.min_rows = min_rows
+        self.epoch: int | None = None
+        self.num_retired = 0
+
+    @cached_property
+    def _rows_of(self) -> dict[str, list[int]]:
+        rows_of: dict[str, list[int]] = {}
+        for row, question_id in enumerate(dataset_question_ids(self.dataset, self.question_id_column)):
+            rows_of.setdefault(question_id, []).append(row)
+        return rows_of
+
+    def begin_epoch(self, epoch: int, retired: Collection[str]) -> set[int]:
+        """
+        Rows to leave out of an epoch that begins, or that a resumed run is in the middle of.
+
+        Args:
+            epoch (`int`):
+                Number of the epoch.
+            retired (`Collection[str]`):
+                Retired questions in the order of their retirement.
+
+        Returns:
+            `set[int]`:
+                Dataset rows.
+        """
+        if epoch != self.epoch:
+            self.epoch, self.num_retired = epoch, len(retired)
+        dropped: set[int] = set()
+        for question_id in itertools.islice(retired, self.num_retired):
+            rows = self._rows_of.get(question_id, [])
+            if len(dropped) + len(rows) > len(self.dataset) - self.min_rows:
+                logger.warning_once(
+                    "Fewer questions than one generation batch would be left after dropping the retired ones. Some "
+                    "retired questions stay in the dataset, so that training does not run dry."
+                )
+                break
+            dropped.update(rows)
+        return dropped
+
+    def state_dict(self) -> dict[str, int | None]:
+        """What a checkpoint has to hold; survives JSON."""
+        return {"epoch": self.epoch, "num_retired": self.num_retired}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.epoch, self.num_retired = state["epoch"], state["num_retired"]
 
 
 class ActiveQuestionSampler(Sampler[int]):

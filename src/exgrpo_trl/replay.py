@@ -1,51 +1,26 @@
 """What is replayed when, and what is collected: the steps of the method around one generation batch, free of TRL."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from typing import Any, Protocol
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from transformers.utils import logging
 
 from .config import ExGRPOConfig
-from .experience import Candidate, Experience, Question
+from .experience import Candidate
 from .monitoring import ReplayMetrics
+from .protocols import ReplayBuffer
 from .rollouts import PendingBatch, Replay, plan_groups
 from .sampling import CompletionSelector, QuestionSampler, requires_scores
 
 logger = logging.get_logger(__name__)
 
+# Candidates of the drawn questions by question id, without and with their scores under the current policy.
+Score = Callable[[dict[str, list[Candidate]]], dict[str, list[Candidate]]]
+
 # Generation batches without a single success after which the threshold is doubted.
 _PATIENCE = 10
-
-
-class ReplayBuffer(Protocol):
-    """What the trainer asks of a buffer. `retired` iterates in the order of retirement."""
-
-    provenance: dict[str, Any]
-    replay_state: dict[str, Any]
-
-    @property
-    def num_questions(self) -> int: ...
-    @property
-    def retired(self) -> Set[str]: ...
-    def collect(
-        self,
-        question: Question,
-        experiences: Sequence[Experience],
-        *,
-        num_correct: int,
-        group_size: int,
-        bucket: int | None = None,
-    ) -> int: ...
-    def sample_questions(self, n: int, sampler: QuestionSampler | None = None) -> Sequence[str]: ...
-    def question(self, question_id: str) -> Question: ...
-    def completions(self, question_id: str) -> Sequence[Experience]: ...
-    def buckets(self) -> Mapping[int, Sequence[str]]: ...
-    def retire(self, question_id: str) -> None: ...
-    def evict(self, question_id: str, experience: Experience) -> bool: ...
-    def evict_older_than(self, policy_version: int) -> int: ...
-    def metrics(self) -> Mapping[str, float]: ...
-    def save(self, path: Any) -> None: ...
 
 
 class Replayer:
@@ -82,29 +57,52 @@ class Replayer:
         self._best_reward = -np.inf
         self._num_batches_without_success: int | None = 0  # None once a success was seen or the warning given
 
-    def draw_questions(self, n: int, policy_version: int) -> list[str]:
+    def plan(self, num_groups: int, most: int, policy_version: int, score: Score) -> list[Replay]:
         """
-        Draw at most `n` questions to replay.
+        Decide what a generation batch replays (method, sections 3 and 4).
 
         Args:
-            n (`int`):
-                Most questions to draw.
+            num_groups (`int`):
+                Groups in the batch.
+            most (`int`):
+                Most questions to replay.
             policy_version (`int`):
                 Optimizer steps taken so far.
+            score (`Callable`):
+                Scores candidates under the current policy. Called at most once, with the candidates of the questions
+                that leave a choice, and only if the choice depends on scores.
 
         Returns:
-            `list[str]`:
-                Question ids; empty before the delayed start.
+            `list[Replay]`:
+                Ascending by group; empty before the delayed start.
 
         Raises:
             `ValueError`:
-                When a custom buffer returns too many, duplicate or unknown questions.
+                When a custom buffer returns too many, duplicate or unknown questions, or a custom selector returns no
+                index of a candidate.
         """
+        start = time.perf_counter()
+        candidates = {
+            question_id: [Candidate(experience, None, None) for experience in self.buffer.completions(question_id)]
+            for question_id in self._draw_questions(most, policy_version)
+        }
+        to_score = {question_id: choices for question_id, choices in candidates.items() if len(choices) > 1}
+        if to_score and requires_scores(self.completion_selector):
+            candidates |= score(to_score)
+        scored = sum(choice.entropy is not None for choices in candidates.values() for choice in choices)
+        replays = [
+            self._select(question_id, candidates[question_id], group)
+            for group, question_id in zip(plan_groups(num_groups, len(candidates), self.rng), candidates, strict=True)
+        ]
+        self.metrics.add(replay__candidates_scored=scored, replay__selection_seconds=time.perf_counter() - start)
+        return replays
+
+    def _draw_questions(self, most: int, policy_version: int) -> list[str]:
         if not self.is_started:
             return []
         if self.args.max_staleness is not None:
             self.buffer.evict_older_than(policy_version - self.args.max_staleness)
-        n = min(n, self.buffer.num_questions)
+        n = min(most, self.buffer.num_questions)
         if n == 0:
             return []
         question_ids = list(self.buffer.sample_questions(n, self.question_sampler))
@@ -121,43 +119,17 @@ class Replayer:
                 is_known = False
             if not is_known:
                 raise ValueError(
-                    f"{source} returned {question_id!r}, which has no stored completion. Return ids of stored questions."
+                    f"{source} returned {question_id!r}, which has no stored completion. Return ids of stored ones."
                 )
         return question_ids
 
-    def needs_scores(self, question_id: str) -> bool:
-        """Whether the candidates of a question have to be scored: there is a choice, and it depends on scores."""
-        return requires_scores(self.completion_selector) and len(self.buffer.completions(question_id)) > 1
-
-    def select(self, candidates: Mapping[str, Sequence[Candidate]], num_groups: int) -> list[Replay]:
-        """
-        Pick one stored completion per question and a group of the generation batch for it.
-
-        Args:
-            candidates (`Mapping[str, Sequence[Candidate]]`):
-                Candidates by question id.
-            num_groups (`int`):
-                Groups in the generation batch.
-
-        Returns:
-            `list[Replay]`:
-                Ascending by group.
-
-        Raises:
-            `ValueError`:
-                When the selector returns no index of a candidate.
-        """
-        replays = []
-        groups = plan_groups(num_groups, len(candidates), self.rng)
-        for group, (question_id, choices) in zip(groups, candidates.items(), strict=True):
-            index = self.completion_selector(choices, self.rng) if len(choices) > 1 else 0
-            if not 0 <= index < len(choices):
-                raise ValueError(
-                    f"The completion selector returned {index!r} for {len(choices)} candidates. Return the index of one."
-                )
-            chosen = choices[index]
-            replays.append(Replay(self.buffer.question(question_id), chosen.experience, group, chosen.entropy))
-        return replays
+    def _select(self, question_id: str, choices: Sequence[Candidate], group: int) -> Replay:
+        index = self.completion_selector(choices, self.rng) if len(choices) > 1 else 0
+        if not 0 <= index < len(choices):
+            raise ValueError(
+                f"The completion selector returned {index!r} for {len(choices)} candidates. Return the index of one."
+            )
+        return Replay(self.buffer.question(question_id), choices[index].experience, group, choices[index].entropy)
 
     def observe(self, batch: PendingBatch) -> None:
         """Take over a scored generation batch; it is collected once its log-probabilities are known."""
@@ -242,10 +214,8 @@ class Replayer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned. An empty state (a buffer saved by hand) starts afresh."""
+        """Restore what `state_dict` returned."""
         self._pending = None
-        if not state:
-            return
         self.is_started = state["is_started"]
         self.tokens_saved = state["tokens_saved"]
         self.rng.bit_generator.state = state["rng"]
@@ -272,8 +242,9 @@ class Replayer:
     def _warn_no_success(self) -> None:
         logger.warning(
             f"No completion of {self._num_batches_without_success} generation batches reached "
-            f"success_threshold={self.args.success_threshold}, so nothing was stored or replayed. The best reward seen "
-            f"is {self._best_reward:g}. Lower success_threshold, or name the reward that decides in success_reward."
+            f"success_threshold={self.args.success_threshold}, so nothing was stored or replayed. The best reward "
+            f"seen is {self._best_reward:g}. Lower success_threshold, or name the reward that decides in "
+            "success_reward."
         )
         self._num_batches_without_success = None
 

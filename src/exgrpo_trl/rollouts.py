@@ -100,21 +100,17 @@ class PendingBatch:
     def groups(self) -> list[CollectedGroup]:
         """The groups in batch order, with their storable rollouts whose log-probabilities are known."""
         group_size = self.rewards.shape[1]
-        buckets = (
-            reward_std_buckets(self.rewards)
-            if self.difficulty == "reward_std"
-            else self.is_correct.sum(axis=1).tolist()
-        )
+        by_spread = self.difficulty == "reward_std"
+        buckets = reward_std_buckets(self.rewards) if by_spread else self.is_correct.sum(axis=1).tolist()
         collected = []
         for group, question in enumerate(self.questions):
             rows = group * group_size + np.flatnonzero(self.is_storable[group])
             experiences = [self._experience(row) for row in rows.tolist() if row in self._logps]
             is_solved = bool(self.is_correct[group].all())
-            if self.difficulty == "reward_std":
+            num_correct = int(self.is_correct[group].sum())
+            if by_spread and not is_solved:
                 # Continuous rewards: what counts is that something stands out of its group (paper, section 5.3).
-                num_correct = group_size if is_solved else len(rows)
-            else:
-                num_correct = int(self.is_correct[group].sum())
+                num_correct = len(rows)
             collected.append(CollectedGroup(question, experiences, num_correct, buckets[group], is_solved))
         return collected
 
@@ -126,6 +122,28 @@ class PendingBatch:
             reward=float(self.rewards.flat[row]),
             entropy=self._entropies[row],
         )
+
+
+def success_rewards(rewards_per_func: np.ndarray, weights: np.ndarray, index: int | None) -> np.ndarray:
+    """
+    Reward that decides whether a completion is correct.
+
+    Args:
+        rewards_per_func (`np.ndarray`):
+            Rewards, shape `(N, num_reward_funcs)`, NaN where a function returned None.
+        weights (`np.ndarray`):
+            Weights of the functions, shape `(num_reward_funcs,)`.
+        index (`int` or `None`):
+            Function that decides. `None` takes the weighted sum.
+
+    Returns:
+        `np.ndarray`:
+            Shape `(N,)`, NaN where no function that counts has scored.
+    """
+    if index is not None:
+        return rewards_per_func[:, index]
+    is_scored = ~np.isnan(rewards_per_func).all(axis=1)
+    return np.where(is_scored, np.nansum(rewards_per_func * weights, axis=1), np.nan)
 
 
 def reward_std_buckets(rewards: np.ndarray) -> list[int]:

@@ -2,11 +2,8 @@
 
 import copy
 import inspect
-import itertools
 import os
 import textwrap
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +17,11 @@ from .compatibility import check_arguments, check_processing_class, num_groups_t
 from .config import ExGRPOConfig
 from .experience import Candidate, Question, encode_example
 from .losses import importance_log_ratio, mixed_advantages
+from .protocols import ReplayBuffer
 from .provenance import check_buffer, resolve_buffer, tokenizer_fingerprint
-from .questions import ActiveQuestionSampler, dataset_question_ids, row_question_id
-from .replay import ReplayBuffer, Replayer
-from .rollouts import PendingBatch, Replay
+from .questions import ActiveQuestionSampler, DroppedQuestions, dataset_question_ids, row_question_id
+from .replay import Replayer
+from .rollouts import PendingBatch, Replay, success_rewards
 from .sampling import CompletionSelector, QuestionSampler, get_completion_selector, make_question_sampler
 from .scoring import score_completions
 
@@ -106,7 +104,7 @@ class ExGRPOTrainer(GRPOTrainer):
             args = ExGRPOConfig(f"{name.split('/')[-1]}-ExGRPO")
         if not isinstance(args, ExGRPOConfig):
             raise TypeError(
-                f"args is a {type(args).__name__}. Use an ExGRPOConfig, which takes the same fields and those of replay."
+                f"args is a {type(args).__name__}. Use an ExGRPOConfig, which takes its fields and those of replay."
             )
         bound = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *positional, **keywords)
         self._is_replay_enabled = args.replay_fraction > 0
@@ -130,8 +128,9 @@ class ExGRPOTrainer(GRPOTrainer):
         self._scored: tuple[list[list[int]], torch.Tensor] | None = None  # completion ids and rewards of that batch
         self._forwards: list[Any] | None = None  # while that batch is being scored: what each forward returned
         self._loss_inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
-        self._epoch_start: tuple[int, int] | None = None  # epoch, number of questions retired when it began
-        self._question_ids = self._check_dataset()
+        self._check_dataset()
+        num_groups = args.generation_batch_size // args.num_generations
+        self._dropped_questions = DroppedQuestions(self.train_dataset, args.question_id_column, num_groups)
         self._adopt_buffer("given to the trainer")
 
     # Generation
@@ -141,13 +140,14 @@ class ExGRPOTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         self._replayer.collect()
         group_size = self.num_generations
-        replays = {replay.group: replay for replay in self._draw_replays(len(inputs) // group_size)}
+        num_groups = len(inputs) // group_size
+        most = num_groups_to_replay(self.args)
+        planned = self._replayer.plan(num_groups, most, self.state.global_step, self._score)
+        replays = {replay.group: replay for replay in planned}
         # Copied, because reward functions may write into the rows that they are given.
         questions = [
-            replays[group].question
-            if group in replays
-            else Question(self._question_id(inputs[group * group_size]), copy.deepcopy(inputs[group * group_size]))
-            for group in range(len(inputs) // group_size)
+            replays[group].question if group in replays else self._question(inputs[group * group_size])
+            for group in range(num_groups)
         ]
         inputs = [
             _example_row(questions[row // group_size], inputs[0]) if row // group_size in replays else inputs[row]
@@ -189,24 +189,8 @@ class ExGRPOTrainer(GRPOTrainer):
         self._scored = completion_ids_list, rewards
         return rewards
 
-    def _draw_replays(self, num_groups: int) -> list[Replay]:
-        start = time.perf_counter()
-        question_ids = self._replayer.draw_questions(num_groups_to_replay(self.args), self.state.global_step)
-        candidates = {
-            question_id: [
-                Candidate(experience, None, None) for experience in self.experience_buffer.completions(question_id)
-            ]
-            for question_id in question_ids
-        }
-        to_score = [question_id for question_id in question_ids if self._replayer.needs_scores(question_id)]
-        if to_score:
-            candidates |= self._score({question_id: candidates[question_id] for question_id in to_score})
-        replays = self._replayer.select(candidates, num_groups)
-        self._replayer.metrics.add(
-            replay__candidates_scored=sum(len(candidates[question_id]) for question_id in to_score),
-            replay__selection_seconds=time.perf_counter() - start,
-        )
-        return replays
+    def _question(self, row: dict[str, Any]) -> Question:
+        return Question(row_question_id(row, self.args.question_id_column), copy.deepcopy(row))
 
     def _score(self, candidates: dict[str, list[Candidate]]) -> dict[str, list[Candidate]]:
         prompts = [self.experience_buffer.question(question_id).example["prompt"] for question_id in candidates]
@@ -237,7 +221,12 @@ class ExGRPOTrainer(GRPOTrainer):
         assert self._scored is not None
         token_ids, rewards_per_func = self._scored
         shape = len(questions), self.num_generations
-        rewards = self._success_rewards(rewards_per_func).reshape(shape)
+        decides = self.args.success_reward
+        rewards = success_rewards(
+            rewards_per_func.double().cpu().numpy(),
+            self.reward_weights.double().cpu().numpy(),
+            None if decides is None else self.reward_func_names.index(decides),
+        ).reshape(shape)
         is_correct = rewards >= self.args.success_threshold  # NaN is not correct
         has_loss = output["completion_mask"].any(-1).cpu().numpy().reshape(shape)  # truncated ones may be masked
         batch = PendingBatch(
@@ -267,19 +256,12 @@ class ExGRPOTrainer(GRPOTrainer):
         output["behavior_per_token_logps"] = behavior_logps.to(device)
         output["is_replayed"] = is_replayed.to(device)
         output["rollout_rows"] = torch.arange(len(token_ids), device=device)
-        # Where TRL computed the log-probabilities of the generating policy, the policy may move before a row is trained.
+        # Where TRL computed the log-probabilities at generation, the policy may move before a row is trained.
         old_logps = output.get("old_per_token_logps")
         if old_logps is not None:
             (entropies,) = (forward[1] for forward in self._forwards or [] if forward[0] is old_logps)
             self._record(output["rollout_rows"], output["completion_mask"].bool(), old_logps, entropies)
         return output
-
-    def _success_rewards(self, rewards_per_func: torch.Tensor) -> np.ndarray:
-        rewards = rewards_per_func.double().cpu().numpy()
-        if self.args.success_reward is not None:
-            return rewards[:, self.reward_func_names.index(self.args.success_reward)]
-        weighted = np.nansum(rewards * self.reward_weights.double().cpu().numpy(), axis=1)
-        return np.where(np.isnan(rewards).all(axis=1), np.nan, weighted)
 
     # Loss
 
@@ -299,14 +281,15 @@ class ExGRPOTrainer(GRPOTrainer):
         finally:
             self._loss_inputs = None
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._is_replay_enabled:
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._forwards is not None:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        forwards = self._forwards if model is self.model else None
+        if forwards is not None:
             kwargs["compute_entropy"] = True
-        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._forwards is not None:
-            self._forwards.append(outputs)
+        outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if forwards is not None:
+            forwards.append(outputs)
         if self._loss_inputs is not None:
             self._on_training_forward(self._loss_inputs, outputs[0], outputs[1])
         return outputs
@@ -343,7 +326,7 @@ class ExGRPOTrainer(GRPOTrainer):
         self._replayer.metrics.add_log_ratios(log_ratio.detach()[is_replayed][shown].flatten().cpu().numpy())
 
     def _record(self, rows: torch.Tensor, mask: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor) -> None:
-        """Record log-probabilities and entropies of the rows to be stored, as the policy that generated them has them."""
+        """Record what the policy that generated them says of the rows to be stored."""
         numbers = rows.tolist()
         for position in self._replayer.wanted_rows(numbers):
             own = mask[position]
@@ -362,51 +345,23 @@ class ExGRPOTrainer(GRPOTrainer):
         return ActiveQuestionSampler(sampler, self._begin_epoch)
 
     def _begin_epoch(self) -> tuple[int, set[int]]:
-        """Number of the epoch that begins (or is resumed), and the dataset rows that it leaves out."""
+        """Number of the epoch that begins or is resumed, and the rows that it leaves out."""
+        self._replayer.collect()
         epoch = int((self.state.epoch or 0.0) + 1e-6)
-        if self._epoch_start is None or self._epoch_start[0] != epoch:
-            self._replayer.collect()
-            self._epoch_start = epoch, len(self.experience_buffer.retired)
-        retired = list(itertools.islice(self.experience_buffer.retired, self._epoch_start[1]))
-        return epoch, self._rows_to_drop(retired)
+        return epoch, self._dropped_questions.begin_epoch(epoch, self.experience_buffer.retired)
 
-    def _rows_to_drop(self, retired: Sequence[str]) -> set[int]:
-        if not retired:
-            return set()
-        if self._question_ids is None:
-            self._question_ids = dataset_question_ids(self.train_dataset, self.args.question_id_column)
-        rows_of: dict[str, list[int]] = {}
-        for row, question_id in enumerate(self._question_ids):
-            rows_of.setdefault(question_id, []).append(row)
-        most = len(self._question_ids) - self.args.generation_batch_size // self.num_generations
-        dropped: set[int] = set()
-        for question_id in retired:
-            rows = rows_of.get(question_id, [])
-            if len(dropped) + len(rows) > most:
-                logger.warning_once(
-                    "Fewer questions than one generation batch would be left after dropping the retired ones. Some "
-                    "retired questions stay in the dataset, so that training does not run dry."
-                )
-                break
-            dropped.update(rows)
-        return dropped
-
-    def _question_id(self, row: dict[str, Any]) -> str:
-        return row_question_id(row, self.args.question_id_column)
-
-    def _check_dataset(self) -> list[str] | None:
+    def _check_dataset(self) -> None:
         """Look for trouble while nothing is lost yet: rows that cannot be saved, ids that identify nothing."""
         if isinstance(self.train_dataset, Dataset):
             if len(self.train_dataset):
                 encode_example(self.train_dataset[0])
             if self.args.question_id_column is not None:
-                return dataset_question_ids(self.train_dataset, self.args.question_id_column)
+                dataset_question_ids(self.train_dataset, self.args.question_id_column)
         elif self.args.drop_retired_questions and self.args.retire_solved:
             logger.warning(
                 "drop_retired_questions has no effect on an iterable dataset: retired questions leave the buffer, but "
                 "still come up in the stream. Set drop_retired_questions=False to silence this."
             )
-        return None
 
     # Checkpoints and logs
 
@@ -427,7 +382,10 @@ class ExGRPOTrainer(GRPOTrainer):
             if self.args.should_save:
                 # First, so that an older checkpoint is not rotated away before this one can be resumed.
                 checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                self.experience_buffer.replay_state = self._replayer.state_dict() | {"epoch_start": self._epoch_start}
+                self.experience_buffer.replay_state = {
+                    "replayer": self._replayer.state_dict(),
+                    "dropped_questions": self._dropped_questions.state_dict(),
+                }
                 self.experience_buffer.save(
                     os.path.join(self._get_output_dir(trial=trial), checkpoint, "experience_buffer")
                 )
@@ -444,10 +402,9 @@ class ExGRPOTrainer(GRPOTrainer):
         loaded.set_limits(capacity=mine.capacity, max_completions_per_question=mine.max_completions_per_question)
         self.experience_buffer = self._replayer.buffer = loaded
         self._adopt_buffer(path)
-        state = dict(loaded.replay_state)
-        epoch_start = state.pop("epoch_start", None)
-        self._epoch_start = tuple(epoch_start) if epoch_start is not None else None
-        self._replayer.load_state_dict(state)
+        if loaded.replay_state:  # none in a buffer that was saved by hand
+            self._replayer.load_state_dict(loaded.replay_state["replayer"])
+            self._dropped_questions.load_state_dict(loaded.replay_state["dropped_questions"])
 
     def _adopt_buffer(self, source: str) -> None:
         provenance = tokenizer_fingerprint(self.processing_class) | {"temperature": self.temperature}
@@ -466,7 +423,7 @@ def _example_row(question: Question, like: dict[str, Any]) -> dict[str, Any]:
     missing = sorted(like.keys() - question.example.keys())
     if missing:
         raise ValueError(
-            f"The stored row of question {question.question_id!r} lacks the columns {missing} of the training dataset, "
-            "which a reward function may need. Import rows with all columns of the dataset."
+            f"The stored row of question {question.question_id!r} lacks the columns {missing} of the training "
+            "dataset, which a reward function may need. Import rows with all columns of the dataset."
         )
     return {column: copy.deepcopy(question.example[column]) for column in like}

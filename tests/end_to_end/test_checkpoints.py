@@ -165,12 +165,12 @@ def test_a_newer_schema_is_an_error(tmp_path, checkpoint):
 
 
 def test_another_tokenizer_is_an_error(tmp_path, checkpoint):
-    with pytest.raises(ExperienceBufferError, match="experience buffer.*another tokenizer"):
+    with pytest.raises(ExperienceBufferError, match=r"experience buffer.*another tokenizer"):
         resume(tmp_path, checkpoint, processing_class=tiny_tokenizer(extra="_"))
 
 
 def test_another_chat_template_is_an_error(tmp_path, checkpoint):
-    with pytest.raises(ExperienceBufferError, match="experience buffer.*another chat template"):
+    with pytest.raises(ExperienceBufferError, match=r"experience buffer.*another chat template"):
         resume(tmp_path, checkpoint, processing_class=tiny_tokenizer(chat_template="{{ messages }}"))
 
 

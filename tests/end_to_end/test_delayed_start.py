@@ -64,7 +64,7 @@ def test_solved_questions_retire_before_the_start(tmp_path, retire_solved):
 
 
 def test_the_pass_rate_is_that_of_fresh_completions(tmp_path):
-    trainer, lines = run(tmp_path, [1, 1, 1, 1, 1], replay_start_pass_rate=None)
+    trainer, _ = run(tmp_path, [1, 1, 1, 1, 1], replay_start_pass_rate=None)
     for line in [line for line in trainer.state.log_history if "loss" in line][1:]:
         # Two groups of 4 fresh and two of 3 fresh completions, one correct in each.
         assert line["fresh/pass_rate"] == pytest.approx(4 / 14)

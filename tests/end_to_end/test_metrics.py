@@ -75,7 +75,7 @@ def test_completions_table_marks_replayed_rows(tmp_path):
     for step in range(1, 5):
         table = pd.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
         assert table["replayed"].dtype == bool
-        line = [line for line in trainer.state.log_history if line.get("step") == step and "loss" in line][0]
+        line = next(line for line in trainer.state.log_history if line.get("step") == step and "loss" in line)
         assert table["replayed"].sum() == line["replay/fraction"] * 4
         marked += table["replayed"].sum()
     assert marked > 0

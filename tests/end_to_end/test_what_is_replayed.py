@@ -38,16 +38,16 @@ class Recorder(ExGRPOTrainer):
         self.generated_rows, self.generated_prompts = 0, []
         policy, step = self.policy(), self.state.global_step
         candidates = {}
-        original = self._replayer.select
+        original = self._replayer._select
 
-        def select(choices, num_groups):
-            candidates.update(choices)
-            return original(choices, num_groups)
+        def select(question_id, choices, group):
+            candidates[question_id] = choices
+            return original(question_id, choices, group)
 
-        self._replayer.select = select
+        self._replayer._select = select
         rows = [dict(row) for row in inputs]
         output = super()._generate_and_score_completions(inputs)
-        self._replayer.select = original
+        self._replayer._select = original
         self.batches.append(
             {
                 "policy": policy,

@@ -1,0 +1,53 @@
+"""Invariants of an [`ExperienceBuffer`], for tests and for buffers that come from a disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .buffer import ExperienceBuffer
+
+
+def violations(buffer: ExperienceBuffer) -> Iterator[str]:
+    """What is wrong inside a buffer, one sentence each; nothing in a valid one. Walks the whole buffer."""
+    completions = tokens = 0
+    for question_id, stored in buffer._questions.items():
+        if question_id != stored.question.question_id:
+            yield f"question {stored.question.question_id!r} is stored as {question_id!r}"
+        if question_id in buffer._retired:
+            yield f"question {question_id!r} is stored and retired"
+        if question_id not in buffer._buckets.get(stored.bucket, ()):
+            yield f"question {question_id!r} is not in its bucket {stored.bucket}"
+        if not stored.completions:
+            yield f"question {question_id!r} has no completion"
+        if len(stored.completions) > (buffer._max_per_question or len(stored.completions)):
+            yield f"question {question_id!r} has {len(stored.completions)} completions"
+        for token_bytes, experience in stored.completions.items():
+            completions += 1
+            tokens += experience.num_tokens
+            if token_bytes != experience.token_bytes or len(token_bytes) != len(experience.logp_bytes):
+                yield f"a completion of question {question_id!r} has tokens that are not its own"
+            if experience not in buffer._versions:
+                yield f"a completion of question {question_id!r} has no policy version"
+    if (completions, tokens) != (buffer._num_completions, buffer._num_tokens):
+        yield f"{buffer._num_completions} completions with {buffer._num_tokens} tokens are counted, there are " + (
+            f"{completions} with {tokens}"
+        )
+    if completions > (buffer._capacity or completions):
+        yield f"{completions} completions exceed the capacity of {buffer._capacity}"
+    for bucket, ids in buffer._buckets.items():
+        if not ids or not 0 <= bucket <= (buffer._group_size or 0):
+            yield f"bucket {bucket} of {len(ids)} questions cannot be"
+        if not ids.is_consistent():
+            yield f"the positions in bucket {bucket} are wrong"
+    if sum(map(len, buffer._buckets.values())) != len(buffer._questions):
+        yield "a bucket holds a question that is not stored in it"
+    owners = list(buffer._versions)
+    if len(owners) != completions or not buffer._versions.is_consistent():
+        yield "the policy versions hold completions that are not stored"
+    for experience, question_id in owners:
+        if question_id not in buffer._questions or (
+            buffer._questions[question_id].completions.get(experience.token_bytes) is not experience
+        ):
+            yield f"a policy version holds a completion that question {question_id!r} does not have"
