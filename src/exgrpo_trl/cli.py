@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .experience import ExperienceBufferError
+from .buffer import ExperienceBuffer
 from .storage import load_buffer, read_metadata
 
 BUFFER_FOLDER = "experience_buffer"
@@ -64,7 +65,7 @@ def summarize(path: Path) -> dict[str, Any]:
     """
     nested = path / BUFFER_FOLDER
     directory = nested if nested.is_dir() else path
-    buffer = load_buffer(directory)
+    buffer: ExperienceBuffer = load_buffer(directory)
     metadata = read_metadata(directory)
     versions = [
         experience.policy_version

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from trl import GRPOConfig
@@ -199,7 +199,7 @@ def _check_range(
 
 
 def _check_count(name: str, value: Any, *, minimum: int) -> None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= minimum):
+    if value is None or (isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum):
         return
     raise ValueError(f"{name}={value!r} is out of range. It must be an integer of at least {minimum}, or None.")
 

@@ -30,8 +30,11 @@ class ReplayMetrics:
         self._log_ratios.append(log_ratios.astype(np.float64))
 
     def flush(self) -> dict[str, float]:
-        """Averages since the last call, the last known value where there is nothing new."""
-        metrics = {name: float(np.mean(values)) for name, values in self._values.items()}
+        """Averages (maxima for names in `_max`) since the last call, the last known value where nothing is new."""
+        metrics = {
+            name: float(np.max(values) if name.endswith("_max") else np.mean(values))
+            for name, values in self._values.items()
+        }
         if self._log_ratios:
             metrics |= importance_ratio_metrics(np.concatenate(self._log_ratios))
         self._values.clear()

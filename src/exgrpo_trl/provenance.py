@@ -2,20 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .buffer import ExperienceBuffer
 from .config import ExGRPOConfig
 from .experience import ExperienceBufferError
 from .protocols import ReplayBuffer
 
-_LIMITS = {
+logger = logging.get_logger(__name__)
+
+_SETTINGS = {
     "group_size": "num_generations",
     "capacity": "buffer_capacity",
     "max_completions_per_question": "max_completions_per_question",
+    "retire_solved": "retire_solved",
 }
 
 
@@ -66,21 +70,40 @@ def resolve_buffer(buffer: ReplayBuffer | None, args: ExGRPOConfig) -> ReplayBuf
             retire_solved=args.retire_solved,
             seed=args.seed,
         )
-    for attribute, field in _LIMITS.items():
-        mine, wanted = getattr(buffer, attribute, None), getattr(args, field)
+    check_settings(buffer, args, _SETTINGS)
+    return buffer
+
+
+def check_settings(buffer: ReplayBuffer, args: ExGRPOConfig, settings: Iterable[str]) -> None:
+    """
+    Check that buffer and configuration agree.
+
+    Args:
+        buffer ([`ReplayBuffer`]):
+            Buffer to check.
+        args ([`ExGRPOConfig`]):
+            Configuration of the trainer.
+        settings (`Iterable[str]`):
+            Attributes of the buffer to compare.
+
+    Raises:
+        `ValueError`:
+            When they set different values.
+    """
+    for attribute in settings:
+        mine, wanted = getattr(buffer, attribute, None), getattr(args, _SETTINGS[attribute])
         if wanted is not None and mine is not None and mine != wanted:
             raise ValueError(
-                f"The experience_buffer has {attribute}={mine}, but {field}={wanted} in the configuration. "
-                "Set both to the same value."
+                f"The experience buffer has {attribute}={mine}, but {_SETTINGS[attribute]}={wanted} in the "
+                "configuration. Set both to the same value."
             )
-    return buffer
 
 
 def check_buffer(
     buffer: ReplayBuffer,
     *,
     provenance: Mapping[str, Any],
-    max_completion_length: int,
+    max_completion_length: int | None,
     vocab_size: int,
     source: str,
 ) -> None:
@@ -91,9 +114,9 @@ def check_buffer(
         buffer ([`ReplayBuffer`]):
             Buffer to check.
         provenance (`Mapping[str, Any]`):
-            Fingerprints of the trainer's tokenizer and chat template.
-        max_completion_length (`int`):
-            Longest completion that the trainer accepts, in tokens.
+            Fingerprints of the trainer's tokenizer and chat template, and its temperature.
+        max_completion_length (`int` or `None`):
+            Longest completion that the trainer accepts, in tokens. `None` sets no limit.
         vocab_size (`int`):
             Number of token ids that the model knows.
         source (`str`):
@@ -110,10 +133,16 @@ def check_buffer(
                 "tokens would mean something else to this model. Use the one it was collected with, or start with an "
                 "empty buffer."
             )
+    temperature = buffer.provenance.get("temperature", provenance["temperature"])
+    if temperature != provenance["temperature"]:
+        logger.warning(
+            f"The experience buffer {source} was collected at temperature={temperature}, but the trainer samples at "
+            f"temperature={provenance['temperature']}. Importance ratios of its completions compare the two."
+        )
     for question_ids in buffer.buckets().values():
         for question_id in question_ids:
             for experience in buffer.completions(question_id):
-                if experience.num_tokens > max_completion_length:
+                if max_completion_length is not None and experience.num_tokens > max_completion_length:
                     raise ExperienceBufferError(
                         f"The experience buffer {source} holds a completion of {experience.num_tokens} tokens for "
                         f"question {question_id!r}, but max_completion_length={max_completion_length}. Raise "

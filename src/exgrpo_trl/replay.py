@@ -49,13 +49,30 @@ class Replayer:
         self.args = args
         self.question_sampler = question_sampler
         self.completion_selector = completion_selector
-        self.rng = np.random.default_rng(args.seed)
+        self.rng = np.random.default_rng([args.seed, 1])  # a stream apart from the buffer's
         self.metrics = ReplayMetrics()
         self.is_started = args.replay_start_pass_rate is None
         self.tokens_saved = 0
         self._pending: PendingBatch | None = None
         self._best_reward = -np.inf
-        self._num_batches_without_success: int | None = 0  # None once a success was seen or the warning given
+        # None once a success was seen or the warning given; continuous rewards need no success to be stored.
+        needs_success = args.difficulty == "success_rate" or not self.is_started
+        self._num_batches_without_success: int | None = 0 if needs_success else None
+        self._version_offset = 0
+
+    def begin_training(self) -> None:
+        """Let policy versions go on above those in the buffer, so that no stored completion comes from the future."""
+        stored = [
+            experience.policy_version
+            for question_ids in self.buffer.buckets().values()
+            for question_id in question_ids
+            for experience in self.buffer.completions(question_id)
+        ]
+        self._version_offset = max(stored) + 1 if stored else 0
+
+    def policy_version(self, global_step: int) -> int:
+        """Version of the policy after `global_step` optimizer steps of this run."""
+        return self._version_offset + global_step
 
     def plan(self, num_groups: int, most: int, policy_version: int, score: Score) -> list[Replay]:
         """
@@ -141,10 +158,9 @@ class Replayer:
             fresh__pass_rate=float(batch.is_correct[is_fresh].mean()),
             fresh__reward=_nanmean(fresh_rewards),
             fresh__reward_std=_nanmean(np.nanstd(_scored_rows(rewards, is_fresh), axis=1)),
-            fresh__frac_groups_without_signal=float(np.mean([len(set(row)) == 1 for row in rewards.tolist()])),
+            fresh__frac_groups_without_signal=float(np.mean(_has_no_signal(rewards, is_fresh))),
             replay__active=float(self.is_started),
             replay__fraction=len(batch.replays) / len(batch.questions),
-            replay__tokens_saved=self.tokens_saved,
         )
         if batch.replays:
             staleness = [batch.policy_version - r.experience.policy_version for r in batch.replays.values()]
@@ -201,7 +217,7 @@ class Replayer:
     def log_metrics(self) -> dict[str, float]:
         """Metrics since the last log line, and the present size of the buffer."""
         sizes = {f"replay/{name}": value for name, value in self.buffer.metrics().items()}
-        return self.metrics.flush() | sizes
+        return self.metrics.flush() | sizes | {"replay/tokens_saved": float(self.tokens_saved)}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold besides the buffer; survives JSON."""
@@ -211,6 +227,7 @@ class Replayer:
             "rng": self.rng.bit_generator.state,
             "best_reward": None if np.isinf(self._best_reward) else float(self._best_reward),
             "num_batches_without_success": self._num_batches_without_success,
+            "version_offset": self._version_offset,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -221,6 +238,7 @@ class Replayer:
         self.rng.bit_generator.state = state["rng"]
         self._best_reward = -np.inf if state["best_reward"] is None else state["best_reward"]
         self._num_batches_without_success = state["num_batches_without_success"]
+        self._version_offset = state["version_offset"]
 
     def finish(self) -> None:
         """Collect the last batch, and say so if no completion ever counted as correct."""
@@ -244,7 +262,7 @@ class Replayer:
             f"No completion of {self._num_batches_without_success} generation batches reached "
             f"success_threshold={self.args.success_threshold}, so nothing was stored or replayed. The best reward "
             f"seen is {self._best_reward:g}. Lower success_threshold, or name the reward that decides in "
-            "success_reward."
+            "success_reward; continuous rewards want difficulty='reward_std' with replay_start_pass_rate=None."
         )
         self._num_batches_without_success = None
 
@@ -252,6 +270,13 @@ class Replayer:
 def _nanmean(values: np.ndarray) -> float:
     scored = values[~np.isnan(values)]
     return float(scored.mean()) if scored.size else float("nan")
+
+
+def _has_no_signal(rewards: np.ndarray, is_fresh: np.ndarray) -> np.ndarray:
+    """Which groups have fresh rollouts of one reward only (or none that is scored), shape `(num_groups,)`."""
+    fresh = np.where(is_fresh & ~np.isnan(rewards), rewards, np.nan)
+    low, high = np.fmin.reduce(fresh, axis=1), np.fmax.reduce(fresh, axis=1)
+    return ~(low < high)
 
 
 def _scored_rows(rewards: np.ndarray, is_fresh: np.ndarray) -> np.ndarray:

@@ -94,7 +94,7 @@ class PendingBatch:
     def still_counts(self, group: int) -> bool:
         """Whether the stored completion of a replayed group would be stored again."""
         if self.difficulty == "reward_std":
-            return bool(self.rewards[group, 0] > np.nanmean(self.rewards[group]))
+            return bool(stands_out(self.rewards)[group, 0])
         return bool(self.is_correct[group, 0])
 
     def groups(self) -> list[CollectedGroup]:
@@ -146,6 +146,23 @@ def success_rewards(rewards_per_func: np.ndarray, weights: np.ndarray, index: in
     return np.where(is_scored, np.nansum(rewards_per_func * weights, axis=1), np.nan)
 
 
+def reaches(rewards: np.ndarray, threshold: float) -> np.ndarray:
+    """
+    Which rewards are at least the threshold; NaN is not.
+
+    TRL keeps rewards in float32, where 0.9 is a little less than 0.9: a relative difference of 1e-6 is no difference.
+    """
+    return np.asarray(rewards >= threshold - 1e-6 * max(1.0, abs(threshold)))
+
+
+def stands_out(rewards: np.ndarray) -> np.ndarray:
+    """Which rollouts have a positive advantage in their group, shape `(num_groups, num_generations)`; NaN has none."""
+    num_scored = np.maximum((~np.isnan(rewards)).sum(axis=1, keepdims=True), 1)
+    means = np.nansum(rewards, axis=1, keepdims=True) / num_scored
+    # Equal rewards differ from their mean by rounding only.
+    return np.asarray(rewards > means + 1e-6 * np.maximum(1.0, np.abs(means)))
+
+
 def reward_std_buckets(rewards: np.ndarray) -> list[int]:
     """
     Bucket of each question from the standard deviation of its rewards (paper, section 5.3).
@@ -159,6 +176,7 @@ def reward_std_buckets(rewards: np.ndarray) -> list[int]:
             `round(K (sigma_q - min) / (max - min))` per group, minimum and maximum over the batch; 0 when all spreads
             are equal.
     """
+    rewards = np.where(np.isfinite(rewards), rewards, np.nan)
     is_scored = ~np.isnan(rewards).all(axis=1)
     stds = np.zeros(len(rewards))
     stds[is_scored] = np.nanstd(rewards[is_scored], axis=1)

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,8 @@ from .tables import (
     in_batches,
 )
 
+Buffer = TypeVar("Buffer", bound=ExperienceBuffer)
+
 SCHEMA_VERSION = 1
 METADATA_FILE = "metadata.json"
 QUESTIONS_FILE = "questions.parquet"
@@ -40,7 +42,7 @@ COMPLETION_SCHEMA = pa.unify_schemas(
 RETIRED_SCHEMA = pa.schema([("question_id", pa.string())])
 
 _NO_CHECKSUM = '"checksum": ""'
-_RESUME_HINT = "Resume from an earlier checkpoint, or delete it to start with an empty buffer."
+_RESUME_HINT = "Resume from an earlier checkpoint, or put an empty buffer in its place: ExperienceBuffer().save(PATH)."
 
 
 def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
@@ -84,13 +86,15 @@ def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def load_buffer(path: str | os.PathLike[str]) -> ExperienceBuffer:
+def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer] = ExperienceBuffer) -> Buffer:  # type: ignore[assignment]
     """
     Load a buffer that [`save_buffer`] wrote; it goes on exactly as the saved one would have.
 
     Args:
         path (`str` or `os.PathLike`):
             Directory of the buffer.
+        buffer_class (`type`, *optional*, defaults to [`ExperienceBuffer`]):
+            Class of the buffer, with the constructor of [`ExperienceBuffer`].
 
     Raises:
         ExperienceBufferError: if it is missing, damaged, incomplete, or written by a newer version.
@@ -99,7 +103,7 @@ def load_buffer(path: str | os.PathLike[str]) -> ExperienceBuffer:
     replaced = _hidden_names(target)[1]
     source = replaced if replaced.exists() and not target.exists() else target
     try:
-        return _read_files(source)
+        return _read_files(source, buffer_class)
     except ExperienceBufferError:
         raise
     except (OSError, ValueError, TypeError, KeyError, IndexError, pa.ArrowException) as error:
@@ -214,7 +218,7 @@ def _metadata_text(buffer: ExperienceBuffer, directory: Path) -> str:
     return text.replace(_NO_CHECKSUM, f'"checksum": "{_sha256(text)}"', 1)
 
 
-def _read_files(directory: Path) -> ExperienceBuffer:
+def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     metadata = read_metadata(directory)
     for name in DATA_FILES:
         if not (directory / name).is_file():
@@ -226,7 +230,7 @@ def _read_files(directory: Path) -> ExperienceBuffer:
         if digest != expected["sha256"]:
             _fail(directory, f"is damaged: the checksum of {name} does not match. {_RESUME_HINT}")
 
-    buffer = ExperienceBuffer(**metadata["settings"])
+    buffer = buffer_class(**metadata["settings"])
     buffer.rng.bit_generator.state = metadata["rng"]
     buffer.provenance, buffer.replay_state = metadata["provenance"], metadata["replay_state"]
     counts = metadata["counts"]

@@ -18,10 +18,10 @@ from .config import ExGRPOConfig
 from .experience import Candidate, Question, encode_example
 from .losses import importance_log_ratio, mixed_advantages
 from .protocols import ReplayBuffer
-from .provenance import check_buffer, resolve_buffer, tokenizer_fingerprint
+from .provenance import check_buffer, check_settings, resolve_buffer, tokenizer_fingerprint
 from .questions import ActiveQuestionSampler, DroppedQuestions, dataset_question_ids, row_question_id
 from .replay import Replayer
-from .rollouts import PendingBatch, Replay, success_rewards
+from .rollouts import PendingBatch, Replay, reaches, stands_out, success_rewards
 from .sampling import CompletionSelector, QuestionSampler, get_completion_selector, make_question_sampler
 from .scoring import score_completions
 
@@ -47,7 +47,7 @@ class ExGRPOTrainer(GRPOTrainer):
     trainer = ExGRPOTrainer(
         model="Qwen/Qwen2.5-Math-1.5B",
         reward_funcs=accuracy_reward,
-        args=ExGRPOConfig(output_dir="exgrpo", replay_fraction=0.5),
+        args=ExGRPOConfig(output_dir="exgrpo", gradient_accumulation_steps=8),
         train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
     )
     trainer.train()
@@ -142,7 +142,8 @@ class ExGRPOTrainer(GRPOTrainer):
         group_size = self.num_generations
         num_groups = len(inputs) // group_size
         most = num_groups_to_replay(self.args)
-        planned = self._replayer.plan(num_groups, most, self.state.global_step, self._score)
+        version = self._replayer.policy_version(self.state.global_step)
+        planned = self._replayer.plan(num_groups, most, version, self._score)
         replays = {replay.group: replay for replay in planned}
         # Copied, because reward functions may write into the rows that they are given.
         questions = [
@@ -190,6 +191,7 @@ class ExGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _question(self, row: dict[str, Any]) -> Question:
+        encode_example(row)  # fails here rather than at the first checkpoint
         return Question(row_question_id(row, self.args.question_id_column), copy.deepcopy(row))
 
     def _score(self, candidates: dict[str, list[Candidate]]) -> dict[str, list[Candidate]]:
@@ -202,6 +204,7 @@ class ExGRPOTrainer(GRPOTrainer):
                 self.model, input_ids, attention_mask, logits_to_keep, compute_entropy=True
             )[:2]
 
+        self.model.eval()  # dropout would blur the comparison
         scored = iter(
             score_completions(
                 [prompt_ids[question_id] for question_id, _ in pairs],
@@ -212,6 +215,7 @@ class ExGRPOTrainer(GRPOTrainer):
                 device=self.accelerator.device,
             )
         )
+        self.model.train()
         return {question_id: [next(scored) for _ in choices] for question_id, choices in candidates.items()}
 
     def _observe(
@@ -227,7 +231,7 @@ class ExGRPOTrainer(GRPOTrainer):
             self.reward_weights.double().cpu().numpy(),
             None if decides is None else self.reward_func_names.index(decides),
         ).reshape(shape)
-        is_correct = rewards >= self.args.success_threshold  # NaN is not correct
+        is_correct = reaches(rewards, self.args.success_threshold)
         has_loss = output["completion_mask"].any(-1).cpu().numpy().reshape(shape)  # truncated ones may be masked
         batch = PendingBatch(
             questions=questions,
@@ -236,14 +240,11 @@ class ExGRPOTrainer(GRPOTrainer):
             is_correct=is_correct,
             is_storable=np.zeros(shape, dtype=bool),
             token_ids=token_ids,
-            policy_version=self.state.global_step,
+            policy_version=self._replayer.policy_version(self.state.global_step),
             difficulty=self.args.difficulty,
         )
-        if self.args.difficulty == "reward_std":
-            stands_out = output["advantages"].cpu().numpy().reshape(shape) > 0
-            batch.is_storable = stands_out & batch.is_fresh & has_loss
-        else:
-            batch.is_storable = is_correct & batch.is_fresh & has_loss
+        counts = stands_out(rewards) if self.args.difficulty == "reward_std" else is_correct
+        batch.is_storable = counts & np.isfinite(rewards) & batch.is_fresh & has_loss
         self._replayer.observe(batch)
 
         behavior_logps = torch.zeros(output["completion_ids"].shape, dtype=torch.float32)
@@ -366,9 +367,12 @@ class ExGRPOTrainer(GRPOTrainer):
     # Checkpoints and logs
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_replay_enabled:
+            return super().train(*args, **kwargs)
+        self._replayer.begin_training()
+        self._dropped_questions.epoch = None
         output = super().train(*args, **kwargs)
-        if self._is_replay_enabled:
-            self._replayer.finish()
+        self._replayer.finish()
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -399,12 +403,15 @@ class ExGRPOTrainer(GRPOTrainer):
     def _load_buffer(self, path: str) -> None:
         mine = self.experience_buffer
         loaded = type(mine).load(path)
+        check_settings(loaded, self.args, ("group_size", "retire_solved"))
         loaded.set_limits(capacity=mine.capacity, max_completions_per_question=mine.max_completions_per_question)
         self.experience_buffer = self._replayer.buffer = loaded
         self._adopt_buffer(path)
         if loaded.replay_state:  # none in a buffer that was saved by hand
             self._replayer.load_state_dict(loaded.replay_state["replayer"])
             self._dropped_questions.load_state_dict(loaded.replay_state["dropped_questions"])
+        else:
+            self._replayer.begin_training()
 
     def _adopt_buffer(self, source: str) -> None:
         provenance = tokenizer_fingerprint(self.processing_class) | {"temperature": self.temperature}

@@ -179,6 +179,36 @@ def test_shorter_completions_are_an_error(tmp_path, checkpoint):
         resume(tmp_path, checkpoint, max_completion_length=2)
 
 
+def test_another_number_of_generations_is_an_error(tmp_path, checkpoint):
+    with pytest.raises(ValueError, match=r"group_size=4.*num_generations=8"):
+        resume(tmp_path, checkpoint, num_generations=8)
+
+
+def test_another_rule_of_retirement_is_an_error(tmp_path, checkpoint):
+    with pytest.raises(ValueError, match=r"retire_solved=True.*retire_solved=False"):
+        resume(tmp_path, checkpoint, retire_solved=False)
+
+
+def test_another_temperature_is_said(tmp_path, checkpoint, monkeypatch):
+    from exgrpo_trl import provenance
+
+    messages = []
+    monkeypatch.setattr(provenance.logger, "warning", messages.append)
+    resume(tmp_path, checkpoint, temperature=0.7)
+    (message,) = messages
+    assert "temperature=1.0" in message
+    assert "temperature=0.7" in message
+
+
+class OwnBuffer(ExperienceBuffer):
+    """A subclass of a user."""
+
+
+def test_a_subclass_stays_one_after_resume(tmp_path, checkpoint):
+    trainer = resume(tmp_path, checkpoint, experience_buffer=OwnBuffer(group_size=4))
+    assert isinstance(trainer.experience_buffer, OwnBuffer)
+
+
 def test_an_empty_buffer_can_be_put_in_place_of_a_lost_one(tmp_path, checkpoint):
     def replace(folder):
         shutil.rmtree(folder)

@@ -19,7 +19,7 @@ from tiny import (
 )
 from transformers import TrainerCallback
 
-from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer
+from exgrpo_trl import Candidate, ExGRPOConfig, ExGRPOTrainer
 from exgrpo_trl.questions import dataset_question_ids
 
 
@@ -217,7 +217,7 @@ def test_retired_questions_leave_the_dataset_from_the_next_epoch(tmp_path):
     later = set().union(*(uids for step, uids in drawn if step >= steps_per_epoch))
     assert len(first & easy) >= 4
     assert not later & {u for u in first if u in easy}
-    assert {f"q{i}" for i in range(8, 16)} <= later
+    assert len(later & {f"q{i}" for i in range(8, 16)}) >= 6, "replayed questions take some slots of the others"
 
 
 def test_retired_questions_stay_in_the_dataset_on_request(tmp_path):
@@ -278,6 +278,105 @@ def test_continuous_rewards(tmp_path):
     trainer.train()
     assert_replayed(trainer, steps=6)
     assert len(trainer.experience_buffer.buckets()) > 1
+
+
+def test_continuous_rewards_need_no_success(tmp_path, monkeypatch):
+    from exgrpo_trl import replay
+
+    messages = []
+    monkeypatch.setattr(replay.logger, "warning", lambda message, *args: messages.append(message))
+
+    def letter_rank(completions, **kwargs):
+        return [None if not c else (ord(c[0]) % 32) / 40 for c in completions]
+
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=12,
+        reward_funcs=[letter_rank, first_letter_reward],
+        success_reward="letter_rank",
+        difficulty="reward_std",
+    )
+    trainer.train()
+    assert trainer.experience_buffer.num_completions > 0
+    assert not messages
+
+
+def test_rewards_are_compared_as_the_float32_that_they_are(tmp_path):
+    def nine_tenths(completions, **kwargs):
+        return [0.9 * reward for reward in first_letter_reward(completions)]
+
+    trainer = make_trainer(tmp_path / "one", max_steps=2, reward_funcs=nine_tenths, success_threshold=0.9)
+    trainer.train()
+    assert trainer.experience_buffer.num_completions > 0
+
+    def ones(completions, **kwargs):
+        return first_letter_reward(completions)
+
+    def more_ones(completions, **kwargs):
+        return first_letter_reward(completions)
+
+    trainer = make_trainer(
+        tmp_path / "sum",
+        max_steps=2,
+        reward_funcs=[ones, more_ones, first_letter_reward],
+        reward_weights=[0.1, 0.2, 0.7],
+    )
+    trainer.train()
+    assert trainer.experience_buffer.num_completions > 0
+
+
+@pytest.mark.parametrize("difficulty", ["success_rate", "reward_std"])
+def test_infinite_rewards_are_not_stored(tmp_path, difficulty):
+    def infinite(completions, **kwargs):
+        return [
+            float("inf") if r and c[0] > "j" else r
+            for c, r in zip(completions, first_letter_reward(completions), strict=True)
+        ]
+
+    trainer = make_trainer(tmp_path, max_steps=1, reward_funcs=infinite, difficulty=difficulty, learning_rate=0.0)
+    trainer.train()
+    buffer = trainer.experience_buffer
+    rewards = [e.reward for questions in buffer.buckets().values() for q in questions for e in buffer.completions(q)]
+    assert float("inf") not in rewards
+
+
+def test_a_second_training_goes_on_from_the_first(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, retire_solved=False)
+    trainer.train()
+    trainer.train()
+    lines = lines_of(trainer)
+    assert all(line.get("replay/staleness_mean", 1) >= 1 for line in lines)
+    buffer = trainer.experience_buffer
+    versions = {e.policy_version for qs in buffer.buckets().values() for q in qs for e in buffer.completions(q)}
+    assert max(versions) > 4
+
+
+def test_no_limit_on_the_length(tmp_path):
+    first = make_trainer(tmp_path / "first", max_steps=2, retire_solved=False)
+    first.train()
+    make_trainer(
+        tmp_path / "second",
+        max_steps=1,
+        experience_buffer=first.experience_buffer,
+        max_completion_length=None,
+        retire_solved=False,
+    ).train()
+
+
+def test_dropout_does_not_blur_the_scores(tmp_path):
+    """Two scorings of the same candidates agree, although LoRA's dropout is on in training."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.5)
+    trainer = make_trainer(tmp_path, max_steps=4, peft_config=config, retire_solved=False)
+    trainer.train()
+    trainer.model.train()
+    buffer = trainer.experience_buffer
+    candidates = {
+        q: [Candidate(e) for e in buffer.completions(q)] for questions in buffer.buckets().values() for q in questions
+    }
+    assert trainer._score(candidates) == trainer._score(candidates)
+    assert trainer.model.training
 
 
 def test_a_filled_buffer_is_used_at_once(tmp_path):

