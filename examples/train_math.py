@@ -38,7 +38,7 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 # Chosen by measurement so that the run fits into ten minutes on two CPU cores, and learns. Any flag overrides them.
 EMBEDDED_DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/train_math",
-    "max_steps": 30,
+    "max_steps": 16,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "num_generations": 8,
@@ -181,7 +181,6 @@ def main() -> None:
         reward = accuracy_reward
         config.model_init_kwargs = {
             "revision": model_config.model_revision,
-            "trust_remote_code": model_config.trust_remote_code,
             "attn_implementation": model_config.attn_implementation,
             "dtype": model_config.dtype,
         }

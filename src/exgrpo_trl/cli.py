@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .experience import ExperienceBufferError
 from .buffer import ExperienceBuffer
+from .experience import ExperienceBufferError
 from .storage import load_buffer, read_metadata
 
 BUFFER_FOLDER = "experience_buffer"

@@ -48,6 +48,7 @@ TINY = {
     "num_generations": 4,
     "max_completion_length": 4,
     "num_held_out": 8,
+    "logging_steps": 1,
     "report_to": "none",
     "output_dir": "out",
 }
