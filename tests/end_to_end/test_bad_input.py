@@ -4,10 +4,11 @@ import pytest
 import trl
 from datasets import Dataset
 from tiny import first_letter_reward, make_trainer, tiny_arguments, tiny_dataset
+from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer, Experience, ExperienceBuffer, Question
-from exgrpo_trl.compatibility import check_hooks
+from exgrpo_trl.compatibility import check_hooks, check_processing_class
 from exgrpo_trl.experience import question_id_of
 
 NAN, INF = float("nan"), float("inf")
@@ -86,6 +87,15 @@ def test_images_are_refused(tmp_path):
     dataset = tiny_dataset().add_column("image", [None] * 16)
     with pytest.raises(NotImplementedError, match=r"'image'.*replay_fraction=0"):
         make_trainer(tmp_path, train_dataset=dataset)
+
+
+def test_vision_language_models_are_refused():
+    class Processor(ProcessorMixin):
+        def __init__(self):
+            pass
+
+    with pytest.raises(NotImplementedError, match=r"vision-language.*Processor.*replay_fraction=0"):
+        check_processing_class(Processor(), None, ["reward"])
 
 
 @pytest.mark.skipif(not hasattr(GRPOTrainer, "compute_liger_loss"), reason="this TRL has no fused Liger loss")

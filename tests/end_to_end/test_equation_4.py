@@ -245,6 +245,7 @@ CASES = {
     "kl_dapo_accumulation": {"beta": 0.1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
     "lora": {"loss_type": "grpo", "use_lora": True},
     "lora_kl": {"beta": 0.1, "use_lora": True},
+    "gradient_checkpointing": {"loss_type": "grpo", "gradient_checkpointing": True},
     "truncated_masked": {"mask_truncated_completions": True, "max_completion_length": 24},
 }
 

@@ -1,11 +1,13 @@
 """The right rows are replayed: which question, which completion, at what cost, with whose log-probabilities."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
 import torch
 from tiny import completion_logps, make_trainer
+from trl import GRPOTrainer
 
 from exgrpo_trl import ExGRPOTrainer
 from exgrpo_trl.experience import question_id_of
@@ -190,6 +192,38 @@ def test_other_selections(tmp_path, selection, expected):
             else:
                 assert index == int(np.argmin([-logps.mean() for logps, _ in scores]))
     assert num_choices >= 3
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"per_device_train_batch_size": 8, "steps_per_generation": 2}], ids=["aligned", "unaligned"]
+)
+def test_collection_costs_no_forward(tmp_path, options, monkeypatch):
+    """As many forwards as GRPO makes; scoring candidates adds one per batch of candidates, and nothing else does."""
+    forwards = []
+    original = GRPOTrainer._get_per_token_logps_and_entropies
+
+    @functools.wraps(original)
+    def counted(trainer, *args, **kwargs):
+        forwards.append(len(args[1] if len(args) > 1 else kwargs["input_ids"]))
+        return original(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", counted)
+    options = {"max_steps": 8} | options
+    make_trainer(tmp_path / "grpo", GRPOTrainer, **options).train()
+    without_replay = forwards.copy()
+    forwards.clear()
+    make_trainer(tmp_path / "random", completion_selection="random", retire_solved=False, **options).train()
+    assert forwards == without_replay
+    forwards.clear()
+    scoring = make_trainer(tmp_path / "scored", retire_solved=False, **options)
+    scoring.train()
+    lines = [line for line in scoring.state.log_history if "loss" in line]
+    batch_size = scoring.args.per_device_train_batch_size
+    generations = lines[:: scoring.args.steps_per_generation]
+    num_scored = [int(line["replay/candidates_scored"]) for line in generations]
+    assert sum(num_scored) > 0
+    assert len(forwards) == len(without_replay) + sum(-(-n // batch_size) for n in num_scored)
+    assert sum(forwards) == sum(without_replay) + sum(num_scored)
 
 
 def test_ratio_is_one_while_the_policy_has_not_moved(tmp_path):
