@@ -260,7 +260,8 @@ class ExGRPOTrainer(GRPOTrainer):
         # Where TRL computed the log-probabilities at generation, the policy may move before a row is trained.
         old_logps = output.get("old_per_token_logps")
         if old_logps is not None:
-            (entropies,) = (forward[1] for forward in self._forwards or [] if forward[0] is old_logps)
+            unknown = torch.full_like(old_logps, torch.nan)
+            entropies = next((forward[1] for forward in self._forwards or [] if forward[0] is old_logps), unknown)
             self._record(output["rollout_rows"], output["completion_mask"].bool(), old_logps, entropies)
         return output
 
