@@ -301,8 +301,7 @@ class ExGRPOTrainer(GRPOTrainer):
     ) -> None:
         """Record the behaviour policy of fresh rows, and weight the replayed ones, before TRL computes its loss."""
         rows, mask = inputs.pop("rollout_rows"), inputs["completion_mask"].bool()
-        if "old_per_token_logps" not in inputs:  # otherwise recorded at generation: the policy may have moved since
-            self._record(rows, mask, per_token_logps, entropies)
+        self._record(rows, mask, per_token_logps, entropies)  # what was not recorded at generation
         is_replayed = inputs.pop("is_replayed")
         stored_logps = inputs.pop("behavior_per_token_logps")
         if not is_replayed.any():

@@ -87,6 +87,31 @@ def test_resume_is_exact(tmp_path, setting):
         assert whole.experience_buffer.retired, "no question was retired, so none could leave the dataset"
 
 
+def test_an_epoch_goes_on_with_the_questions_that_it_began_with(tmp_path):
+    """Questions that retire within an epoch leave the dataset with the next one, also after a resume."""
+
+    def run(name, checkpoint=None):
+        drawn = []
+
+        def reward(completions, uid, trainer_state, **kwargs):
+            drawn.append((trainer_state.global_step, tuple(uid)))
+            # Every fourth question is solved at once; those of the first batch of the second epoch are all solved.
+            is_solved = [int(u[1:]) % 4 == 0 or trainer_state.global_step == 4 for u in uid]
+            return [float(is_solved[i] or i % 4 == 3) for i in range(len(uid))]
+
+        trainer = make_trainer(
+            tmp_path / name, max_steps=12, save_strategy="steps", save_steps=5, reward_funcs=reward, learning_rate=0.0
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return [draw for draw in drawn if draw[0] >= 5]
+
+    whole = run("whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    saved = ExperienceBuffer.load(checkpoint / "experience_buffer")
+    assert 0 < saved.replay_state["dropped_questions"]["num_retired"] < len(saved.retired)
+    assert run("resumed", str(checkpoint)) == whole
+
+
 def test_the_last_checkpoint_holds_the_last_batch(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
     trainer.train()
