@@ -191,8 +191,7 @@ def main() -> None:
     if arguments.dataset_name is None:
         import embedded
 
-        # One thread unless told otherwise: two on two busy cores are many times slower.
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(1)  # accelerate asks for all cores, which is many times slower where one is busy
         model: Any = embedded.load_model_folder()
         tokenizer = embedded.load_tokenizer(model)
         train, held_out = embedded.load_datasets(arguments.num_train or 512, arguments.num_held_out, config.seed)
@@ -225,7 +224,7 @@ def main() -> None:
     trainer.add_callback(Progress)
 
     before = held_out_pass_rate(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     after = held_out_pass_rate(trainer)
     trainer.save_model()
 
