@@ -85,9 +85,11 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
             f"log-probabilities that a stored completion needs. Set use_liger_kernel=False or upgrade TRL to 1.14 or "
             "later."
         )
-    if args.world_size > 1:
+    parallelism = getattr(args, "parallelism_config", None)
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
         raise NotImplementedError(
-            f"Replay does not support {args.world_size} processes yet. Run one process, or set replay_fraction=0."
+            f"Replay does not support tensor, context or sequence parallelism ({parallelism}): every process must "
+            "have rows of its own. Use DDP, FSDP or DeepSpeed, or set replay_fraction=0."
         )
     if args.loss_type not in _LOSS_TYPES:
         raise NotImplementedError(

@@ -1,7 +1,7 @@
 """What the trainer asks of a buffer: implement this to replace [`ExperienceBuffer`]."""
 
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 from .experience import Experience, Question
 from .sampling import QuestionSampler
@@ -48,3 +48,37 @@ class ReplayBuffer(Protocol):
     def save(self, path: Any) -> None: ...
     @classmethod
     def load(cls, path: Any) -> Self: ...
+
+
+class RemoteBuffer:
+    """
+    Stands for the experience buffer on the processes that do not own it: it lives on the main process.
+
+    `retired` is the same on all processes. `save` does nothing, so that a script may call it on all processes, as it
+    would call `trainer.save_model()`. Anything else is an error.
+    """
+
+    def __init__(self) -> None:
+        self._retired: dict[str, None] = {}
+
+    @property
+    def retired(self) -> Set[str]:
+        """Ids of the retired questions in the order of retirement."""
+        return self._retired.keys()
+
+    def retire(self, question_id: str) -> None:
+        """Take note of a retired question."""
+        self._retired[question_id] = None
+
+    def clear(self) -> None:
+        """Forget the retired questions: another buffer takes the place of the old one."""
+        self._retired.clear()
+
+    def save(self, path: Any) -> None:
+        """The main process saves."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"The experience buffer lives on the main process, so this process cannot read its {name!r}. Guard the "
+            "access with `if trainer.accelerator.is_main_process:`."
+        )

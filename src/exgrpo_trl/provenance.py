@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .buffer import ExperienceBuffer
 from .config import ExGRPOConfig
 from .experience import ExperienceBufferError
-from .protocols import ReplayBuffer
+from .protocols import RemoteBuffer, ReplayBuffer
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +46,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 def resolve_buffer(buffer: ReplayBuffer | None, args: ExGRPOConfig) -> ReplayBuffer:
     """
-    The given buffer, or an empty one as the configuration describes it.
+    The given buffer, or an empty one as the configuration describes it; on the main process, which owns it.
 
     Args:
         buffer ([`ReplayBuffer`] or `None`):
@@ -62,6 +62,10 @@ def resolve_buffer(buffer: ReplayBuffer | None, args: ExGRPOConfig) -> ReplayBuf
         `ValueError`:
             When buffer and configuration set different limits.
     """
+    if buffer is not None:
+        check_settings(buffer, args, _SETTINGS)
+    if args.process_index != 0:
+        return cast(ReplayBuffer, RemoteBuffer())
     if buffer is None:
         return ExperienceBuffer(
             group_size=args.num_generations,
@@ -70,7 +74,6 @@ def resolve_buffer(buffer: ReplayBuffer | None, args: ExGRPOConfig) -> ReplayBuf
             retire_solved=args.retire_solved,
             seed=args.seed,
         )
-    check_settings(buffer, args, _SETTINGS)
     return buffer
 
 

@@ -1,7 +1,6 @@
-"""What is replayed when, and what is collected: the steps of the method around one generation batch, free of TRL."""
+"""What is replayed when, and what is collected: the decisions of the main process, free of TRL and of processes."""
 
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,10 @@ from .config import ExGRPOConfig
 from .experience import Candidate
 from .monitoring import ReplayMetrics
 from .protocols import ReplayBuffer
-from .rollouts import PendingBatch, Replay, plan_groups
+from .rollouts import PendingBatch, Records, Replay, fresh_rollouts, plan_rows
 from .sampling import CompletionSelector, QuestionSampler, requires_scores
 
 logger = logging.get_logger(__name__)
-
-# Candidates of the drawn questions by question id, without and with their scores under the current policy.
-Score = Callable[[dict[str, list[Candidate]]], dict[str, list[Candidate]]]
 
 # Generation batches without a single success after which the threshold is doubted.
 _PATIENCE = 10
@@ -53,7 +49,7 @@ class Replayer:
         self.metrics = ReplayMetrics()
         self.is_started = args.replay_start_pass_rate is None
         self.tokens_saved = 0
-        self._pending: PendingBatch | None = None
+        self._replays: list[Replay] = []  # of the batch that is not collected yet
         self._best_reward = -np.inf
         # None once a success was seen or the warning given; continuous rewards need no success to be stored.
         needs_success = args.difficulty == "success_rate" or not self.is_started
@@ -74,45 +70,59 @@ class Replayer:
         """Version of the policy after `global_step` optimizer steps of this run."""
         return self._version_offset + global_step
 
-    def plan(self, num_groups: int, most: int, policy_version: int, score: Score) -> list[Replay]:
+    def draw(self, most: int, policy_version: int) -> dict[str, list[Candidate]]:
         """
-        Decide what a generation batch replays (method, sections 3 and 4).
+        Draw the questions that a generation batch replays (method, section 3).
 
         Args:
-            num_groups (`int`):
-                Groups in the batch.
             most (`int`):
-                Most questions to replay.
+                Most questions to draw.
             policy_version (`int`):
                 Optimizer steps taken so far.
-            score (`Callable`):
-                Scores candidates under the current policy. Called at most once, with the candidates of the questions
-                that leave a choice, and only if the choice depends on scores.
 
         Returns:
-            `list[Replay]`:
-                Ascending by group; empty before the delayed start.
+            `dict[str, list[Candidate]]`:
+                Candidates by question, without scores; empty before the delayed start.
 
         Raises:
             `ValueError`:
-                When a custom buffer returns too many, duplicate or unknown questions, or a custom selector returns no
-                index of a candidate.
+                When a custom buffer returns too many, duplicate or unknown questions.
         """
-        start = time.perf_counter()
-        candidates = {
+        return {
             question_id: [Candidate(experience, None, None) for experience in self.buffer.completions(question_id)]
             for question_id in self._draw_questions(most, policy_version)
         }
-        to_score = {question_id: choices for question_id, choices in candidates.items() if len(choices) > 1}
-        if to_score and requires_scores(self.completion_selector):
-            candidates |= score(to_score)
+
+    def to_score(self, candidates: Mapping[str, list[Candidate]]) -> list[tuple[str, Candidate]]:
+        """Question and candidate of every candidate that the choice depends on: none where there is no choice."""
+        if not requires_scores(self.completion_selector):
+            return []
+        return [(question_id, c) for question_id, choices in candidates.items() if len(choices) > 1 for c in choices]
+
+    def select(self, candidates: Mapping[str, Sequence[Candidate]], num_groups: int) -> list[Replay]:
+        """
+        Choose one completion per drawn question, and its row (method, section 4).
+
+        Args:
+            candidates (`Mapping[str, Sequence[Candidate]]`):
+                Candidates by question, with scores where the choice depends on them.
+            num_groups (`int`):
+                Groups in the batch.
+
+        Returns:
+            `list[Replay]`:
+                Ascending by row.
+
+        Raises:
+            `ValueError`:
+                When a custom selector returns no index of a candidate.
+        """
         scored = sum(choice.entropy is not None for choices in candidates.values() for choice in choices)
-        replays = [
-            self._select(question_id, candidates[question_id], group)
-            for group, question_id in zip(plan_groups(num_groups, len(candidates), self.rng), candidates, strict=True)
-        ]
-        self.metrics.add(replay__candidates_scored=scored, replay__selection_seconds=time.perf_counter() - start)
-        return replays
+        self.metrics.add(replay__candidates_scored=scored)
+        if not candidates:
+            return []
+        rows = plan_rows(num_groups, self.args.num_generations, len(candidates), self.rng)
+        return [self._select(*drawn, row) for row, drawn in zip(rows, candidates.items(), strict=True)]
 
     def _draw_questions(self, most: int, policy_version: int) -> list[str]:
         if not self.is_started:
@@ -140,65 +150,63 @@ class Replayer:
                 )
         return question_ids
 
-    def _select(self, question_id: str, choices: Sequence[Candidate], group: int) -> Replay:
+    def _select(self, question_id: str, choices: Sequence[Candidate], row: int) -> Replay:
         index = self.completion_selector(choices, self.rng) if len(choices) > 1 else 0
         if not 0 <= index < len(choices):
             raise ValueError(
                 f"The completion selector returned {index!r} for {len(choices)} candidates. Return the index of one."
             )
-        return Replay(self.buffer.question(question_id), choices[index].experience, group, choices[index].entropy)
+        return Replay(self.buffer.question(question_id), choices[index].experience, row, choices[index].entropy)
 
-    def observe(self, batch: PendingBatch) -> None:
-        """Take over a scored generation batch; it is collected once its log-probabilities are known."""
-        self._pending = batch
-        is_fresh, rewards = batch.is_fresh, batch.rewards
-        self.tokens_saved += sum(replay.experience.num_tokens for replay in batch.replays.values())
-        fresh_rewards = rewards[is_fresh]
+    def observe(self, batch: PendingBatch, replays: Sequence[Replay]) -> None:
+        """Take note of a scored generation batch and of what was replayed in it."""
+        self._replays = list(replays)
+        is_fresh = fresh_rollouts(replays, batch.rewards.shape)
+        fresh = np.where(is_fresh, batch.rewards, np.nan)
+        self.tokens_saved += sum(replay.experience.num_tokens for replay in replays)
         self.metrics.add(
             fresh__pass_rate=float(batch.is_correct[is_fresh].mean()),
-            fresh__reward=_nanmean(fresh_rewards),
-            fresh__reward_std=_nanmean(np.nanstd(_scored_rows(rewards, is_fresh), axis=1)),
-            fresh__frac_groups_without_signal=float(np.mean(_has_no_signal(rewards, is_fresh))),
+            fresh__reward=_nanmean(fresh),
+            fresh__reward_std=_nanmean(np.nanstd(fresh[~np.isnan(fresh).all(axis=1)], axis=1)),
+            fresh__frac_groups_without_signal=float(np.mean(_has_no_signal(fresh))),
             replay__active=float(self.is_started),
-            replay__fraction=len(batch.replays) / len(batch.questions),
+            replay__fraction=len(replays) / len(batch.rewards),
         )
-        if batch.replays:
-            staleness = [batch.policy_version - r.experience.policy_version for r in batch.replays.values()]
-            entropies = [r.entropy for r in batch.replays.values() if r.entropy is not None]
+        if replays:
+            groups = [replay.row // self.args.num_generations for replay in replays]
+            staleness = [batch.policy_version - replay.experience.policy_version for replay in replays]
+            entropies = [replay.entropy for replay in replays if replay.entropy is not None]
             self.metrics.add(
-                replay__reward=_nanmean(rewards[~is_fresh]),
-                replay__group_pass_rate=float(batch.is_correct[list(batch.replays), 1:].mean()),
+                replay__reward=_nanmean(batch.rewards[~is_fresh]),
+                replay__group_pass_rate=float(batch.is_correct[groups][is_fresh[groups]].mean()),
                 replay__staleness_mean=float(np.mean(staleness)),
                 replay__staleness_max=max(staleness),
                 replay__entropy=float(np.mean(entropies)) if entropies else np.nan,
             )
-        self._doubt_threshold(fresh_rewards, bool(batch.is_correct.any()))
+        self._doubt_threshold(fresh, bool(batch.is_correct.any()))
 
-    def wanted_rows(self, rows: Iterable[int]) -> list[int]:
-        """Positions in `rows` (row numbers of the pending batch) whose log-probabilities are still to be recorded."""
-        if self._pending is None:
-            return []
-        return [position for position, row in enumerate(rows) if self._pending.wants(row)]
-
-    def record(self, row: int, logps: np.ndarray, entropy: float) -> None:
-        """Record what the training forward showed of a row: log-probabilities `(num_tokens,)`, mean entropy (nats)."""
-        if self._pending is not None:
-            self._pending.record(row, logps, entropy)
-
-    def collect(self) -> None:
+    def collect(self, batch: PendingBatch, records: Records) -> None:
         """
-        Bring the pending batch into the buffer (method, section 2), retire solved questions, start replay if due.
+        Bring a batch into the buffer (method, section 2), retire solved questions, start replay if due.
 
         The comparison of the delayed start comes last: the batch that crosses the threshold is not collected.
+
+        Args:
+            batch (`PendingBatch`):
+                The batch that was observed last.
+            records (`Records`):
+                What all processes know of it.
         """
-        batch, self._pending = self._pending, None
-        if batch is None:
-            return
+        replays, self._replays = self._replays, []
+        is_fresh = fresh_rollouts(replays, batch.rewards.shape)
         evicted = 0
-        for group, replay in batch.replays.items():
-            if not batch.still_counts(group):
+        for replay in replays:
+            group = replay.row // self.args.num_generations
+            if not batch.counts.flat[replay.row]:
                 evicted += self.buffer.evict(replay.question.question_id, replay.experience)
-        for collected in batch.groups():
+            if batch.has_success[group]:
+                records.questions[group] = replay.question
+        for collected in batch.groups(records, is_fresh):
             if self.is_started:
                 self.buffer.collect(
                     collected.question,
@@ -211,7 +219,7 @@ class Replayer:
                 self.buffer.retire(collected.question.question_id)
         self.metrics.add(replay__evicted_incorrect=evicted)
         if not self.is_started:
-            pass_rate = float(batch.is_correct[batch.is_fresh].mean())
+            pass_rate = float(batch.is_correct[is_fresh].mean())
             self.is_started = pass_rate > self.args.replay_start_pass_rate  # type: ignore[operator]
 
     def log_metrics(self) -> dict[str, float]:
@@ -232,7 +240,7 @@ class Replayer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._pending = None
+        self._replays = []
         self.is_started = state["is_started"]
         self.tokens_saved = state["tokens_saved"]
         self.rng.bit_generator.state = state["rng"]
@@ -241,15 +249,14 @@ class Replayer:
         self._version_offset = state["version_offset"]
 
     def finish(self) -> None:
-        """Collect the last batch, and say so if no completion ever counted as correct."""
-        self.collect()
+        """Say so if no completion ever counted as correct."""
         if self._num_batches_without_success:
             self._warn_no_success()
 
-    def _doubt_threshold(self, rewards: Collection[float], any_success: bool) -> None:
+    def _doubt_threshold(self, rewards: np.ndarray, any_success: bool) -> None:
         if self._num_batches_without_success is None:
             return
-        self._best_reward = np.nanmax([self._best_reward, *rewards])
+        self._best_reward = np.fmax.reduce(rewards, axis=None, initial=self._best_reward)
         if any_success:
             self._num_batches_without_success = None
             return
@@ -272,13 +279,6 @@ def _nanmean(values: np.ndarray) -> float:
     return float(scored.mean()) if scored.size else float("nan")
 
 
-def _has_no_signal(rewards: np.ndarray, is_fresh: np.ndarray) -> np.ndarray:
-    """Which groups have fresh rollouts of one reward only (or none that is scored), shape `(num_groups,)`."""
-    fresh = np.where(is_fresh & ~np.isnan(rewards), rewards, np.nan)
-    low, high = np.fmin.reduce(fresh, axis=1), np.fmax.reduce(fresh, axis=1)
-    return ~(low < high)
-
-
-def _scored_rows(rewards: np.ndarray, is_fresh: np.ndarray) -> np.ndarray:
-    fresh = np.where(is_fresh, rewards, np.nan)
-    return fresh[~np.isnan(fresh).all(axis=1)]
+def _has_no_signal(fresh: np.ndarray) -> np.ndarray:
+    """Which groups have fresh rewards of one value only, or none; `(num_groups, num_generations)`, NaN elsewhere."""
+    return ~(np.fmin.reduce(fresh, axis=1) < np.fmax.reduce(fresh, axis=1))

@@ -6,8 +6,8 @@ import os
 import textwrap
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate.utils import gather
 from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -15,13 +15,16 @@ from trl import GRPOTrainer
 
 from .compatibility import check_arguments, check_processing_class, num_groups_to_replay
 from .config import ExGRPOConfig
-from .experience import Candidate, Question, encode_example
+from .coordination import Coordinator
+from .experience import Candidate, Experience, Question, encode_example
 from .losses import importance_log_ratio, mixed_advantages
+from .messages import Prompted
+from .processes import Processes
 from .protocols import ReplayBuffer
 from .provenance import check_buffer, check_settings, resolve_buffer, tokenizer_fingerprint
 from .questions import ActiveQuestionSampler, DroppedQuestions, dataset_question_ids, row_question_id
 from .replay import Replayer
-from .rollouts import PendingBatch, Replay, reaches, stands_out, success_rewards
+from .rollouts import PendingBatch, success_rewards
 from .sampling import CompletionSelector, QuestionSampler, get_completion_selector, make_question_sampler
 from .scoring import score_completions
 
@@ -69,7 +72,7 @@ class ExGRPOTrainer(GRPOTrainer):
     Raises:
         `NotImplementedError`:
             When an argument cannot work with replay (tools, environments, `rollout_func`, vision-language models,
-            vLLM, several processes, Liger's loss in TRL below 1.14).
+            vLLM, Liger's loss in TRL below 1.14).
         `ValueError`:
             When the configuration, the question ids or the buffer do not fit together.
     """
@@ -124,69 +127,84 @@ class ExGRPOTrainer(GRPOTrainer):
             or make_question_sampler(args.question_sampling, bucket_mean=args.bucket_mean, bucket_std=args.bucket_std),
             completion_selector or get_completion_selector(args.completion_selection),
         )
-        self._replays: dict[int, Replay] = {}  # of the batch that is being generated, by row
+        self._processes = Processes(self.accelerator)
+        num_groups = args.generation_batch_size // args.num_generations
+        self._coordinator = Coordinator(
+            self._replayer,
+            DroppedQuestions(self.train_dataset, args.question_id_column, num_groups),
+            self._processes,
+            args,
+            most=num_groups_to_replay(args),
+            tokenize=lambda prompts: self._tokenize_prompts(prompts)[0],
+            score=self._score,
+        )
+        self._stored: dict[int, Experience] = {}  # replayed in the batch that is being generated, by row
         self._scored: tuple[list[list[int]], torch.Tensor] | None = None  # completion ids and rewards of that batch
         self._forwards: list[Any] | None = None  # while that batch is being scored: what each forward returned
         self._loss_inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
         self._check_dataset()
-        num_groups = args.generation_batch_size // args.num_generations
-        self._dropped_questions = DroppedQuestions(self.train_dataset, args.question_id_column, num_groups)
-        self._adopt_buffer("given to the trainer")
+        with self._processes.together("checking the experience buffer"):
+            if self._processes.is_main:
+                self._adopt_buffer("given to the trainer")
 
     # Generation
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self._is_replay_enabled or not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        self._replayer.collect()
-        group_size = self.num_generations
-        num_groups = len(inputs) // group_size
-        most = num_groups_to_replay(self.args)
+        self._coordinator.collect()
         version = self._replayer.policy_version(self.state.global_step)
-        planned = self._replayer.plan(num_groups, most, version, self._score)
-        replays = {replay.group: replay for replay in planned}
-        # Copied, because reward functions may write into the rows that they are given.
-        questions = [
-            replays[group].question if group in replays else self._question(inputs[group * group_size])
-            for group in range(num_groups)
-        ]
-        inputs = [
-            _example_row(questions[row // group_size], inputs[0]) if row // group_size in replays else inputs[row]
-            for row in range(len(inputs))
-        ]
-        self._replays = {group * group_size: replay for group, replay in replays.items()}
+        replayed = self._coordinator.plan(len(inputs), version)
+        first_row = self._processes.rank * len(inputs)
+        groups = [(first_row + row) // self.num_generations for row in range(len(inputs))]
+        with self._processes.together("preparing a batch"):
+            # Copied, because reward functions may write into the rows that they are given.
+            questions = {
+                group: self._question(inputs[row])
+                for row, group in enumerate(groups)
+                if group not in replayed.questions and first_row + row == group * self.num_generations
+            }
+            inputs = [
+                _example_row(replayed.questions[group], row) if group in replayed.questions else row
+                for group, row in zip(groups, inputs, strict=True)
+            ]
+        self._stored = {row - first_row: experience for row, experience in replayed.experiences.items()}
         self._forwards = []
         try:
             output = super()._generate_and_score_completions(inputs)
-            return self._observe(output, questions, replays)
+            self._observe(output, questions, first_row, version)
+            return output
         finally:
-            self._replays, self._scored, self._forwards = {}, None, None
+            self._stored, self._scored, self._forwards = {}, None, None
 
     def _generate_single_turn(
         self, prompt_ids: list[Any], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if not self._is_replay_enabled or not self._replays:
+        if not self._is_replay_enabled or not self._stored:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-        num_rows = len(prompt_ids)
-        fresh_rows = [row for row in range(num_rows) if row not in self._replays]
-        fresh_fields = {name: [field[row] for row in fresh_rows] for name, field in multimodal_fields.items()}
+        # At least one, because the other processes may wait for this one to generate; it is dropped.
+        rows = [row for row in range(len(prompt_ids)) if row not in self._stored] or [0]
+        fresh_fields = {name: [field[row] for row in rows] for name, field in multimodal_fields.items()}
         fresh_ids, logprobs, *rest = super()._generate_single_turn(
-            [prompt_ids[row] for row in fresh_rows], images, fresh_fields, *args, **kwargs
+            [prompt_ids[row] for row in rows], images, fresh_fields, *args, **kwargs
         )
-        generated = iter(fresh_ids)
-        completion_ids = [
-            self._replays[row].experience.token_ids.tolist() if row in self._replays else next(generated)
-            for row in range(num_rows)
-        ]
-        return completion_ids, logprobs, *rest
+        completion_ids = dict(zip(rows, fresh_ids, strict=True))
+        completion_ids |= {row: experience.token_ids.tolist() for row, experience in self._stored.items()}
+        return [completion_ids[row] for row in range(len(prompt_ids))], logprobs, *rest
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> torch.Tensor:
         if not self._is_replay_enabled:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._log_completion_extra("replayed", [row in self._replays for row in range(len(prompts))])
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._log_completion_extra("replayed", [row in self._stored for row in range(len(prompts))])
+        with self._processes.together("computing rewards"):
+            try:
+                rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            except Exception:
+                if self._processes.count > 1:  # the others wait for this one in TRL's gather
+                    gather(torch.zeros(len(prompts), len(self.reward_funcs), device=self.accelerator.device))
+                raise
         self._scored = completion_ids_list, rewards
         return rewards
 
@@ -194,76 +212,57 @@ class ExGRPOTrainer(GRPOTrainer):
         encode_example(row)  # fails here rather than at the first checkpoint
         return Question(row_question_id(row, self.args.question_id_column), copy.deepcopy(row))
 
-    def _score(self, candidates: dict[str, list[Candidate]]) -> dict[str, list[Candidate]]:
-        prompts = [self.experience_buffer.question(question_id).example["prompt"] for question_id in candidates]
-        prompt_ids = dict(zip(candidates, self._tokenize_prompts(prompts)[0], strict=True))
-        pairs = [(question_id, choice.experience) for question_id, choices in candidates.items() for choice in choices]
-
+    def _score(self, pairs: Prompted) -> list[Candidate]:
         def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> Any:
             return self._get_per_token_logps_and_entropies(
                 self.model, input_ids, attention_mask, logits_to_keep, compute_entropy=True
             )[:2]
 
         self.model.eval()  # dropout would blur the comparison
-        scored = iter(
-            score_completions(
-                [prompt_ids[question_id] for question_id, _ in pairs],
-                [experience for _, experience in pairs],
-                forward,
-                pad_token_id=self.processing_class.pad_token_id,
-                batch_size=self.args.per_device_train_batch_size,
-                device=self.accelerator.device,
-            )
+        candidates = score_completions(
+            pairs, forward, pad_token_id=self.processing_class.pad_token_id, device=self.accelerator.device
         )
         self.model.train()
-        return {question_id: [next(scored) for _ in choices] for question_id, choices in candidates.items()}
+        return candidates
 
     def _observe(
-        self, output: dict[str, Any], questions: list[Question], replays: dict[int, Replay]
-    ) -> dict[str, Any]:
-        """Hand the scored batch to the replayer, and give every row what its loss will need."""
+        self, output: dict[str, Any], questions: dict[int, Question], first_row: int, policy_version: int
+    ) -> None:
+        """Hand the scored batch to the coordinator, and give every row what its loss will need."""
         assert self._scored is not None
         token_ids, rewards_per_func = self._scored
-        shape = len(questions), self.num_generations
         decides = self.args.success_reward
         rewards = success_rewards(
             rewards_per_func.double().cpu().numpy(),
             self.reward_weights.double().cpu().numpy(),
             None if decides is None else self.reward_func_names.index(decides),
-        ).reshape(shape)
-        is_correct = reaches(rewards, self.args.success_threshold)
-        has_loss = output["completion_mask"].any(-1).cpu().numpy().reshape(shape)  # truncated ones may be masked
+        )
+        has_loss = output["completion_mask"].any(-1).tolist()  # truncated ones may be masked
         batch = PendingBatch(
-            questions=questions,
-            replays=replays,
-            rewards=rewards,
-            is_correct=is_correct,
-            is_storable=np.zeros(shape, dtype=bool),
-            token_ids=token_ids,
-            policy_version=self._replayer.policy_version(self.state.global_step),
+            questions,
+            {first_row + row: ids for row, ids in enumerate(token_ids) if has_loss[row] and row not in self._stored},
+            rewards.reshape(-1, self.num_generations),
+            success_threshold=self.args.success_threshold,
+            policy_version=policy_version,
             difficulty=self.args.difficulty,
         )
-        counts = stands_out(rewards) if self.args.difficulty == "reward_std" else is_correct
-        batch.is_storable = counts & np.isfinite(rewards) & batch.is_fresh & has_loss
-        self._replayer.observe(batch)
+        self._coordinator.observe(batch)
 
         behavior_logps = torch.zeros(output["completion_ids"].shape, dtype=torch.float32)
         is_replayed = torch.zeros(len(token_ids), dtype=torch.bool)
-        for row, replay in self._replays.items():
-            logps = torch.from_numpy(replay.experience.behavior_per_token_logps.copy())
-            behavior_logps[row, : len(logps)] = logps
+        for row, experience in self._stored.items():
+            behavior_logps[row, : experience.num_tokens] = torch.tensor(experience.behavior_per_token_logps)
             is_replayed[row] = True
         device = output["completion_ids"].device
         output["behavior_per_token_logps"] = behavior_logps.to(device)
         output["is_replayed"] = is_replayed.to(device)
-        output["rollout_rows"] = torch.arange(len(token_ids), device=device)
+        output["rollout_rows"] = torch.arange(first_row, first_row + len(token_ids), device=device)
         # Where TRL computed the log-probabilities at generation, the policy may move before a row is trained.
         old_logps = output.get("old_per_token_logps")
         if old_logps is not None:
             unknown = torch.full_like(old_logps, torch.nan)
             entropies = next((forward[1] for forward in self._forwards or [] if forward[0] is old_logps), unknown)
             self._record(output["rollout_rows"], output["completion_mask"].bool(), old_logps, entropies)
-        return output
 
     # Loss
 
@@ -324,14 +323,14 @@ class ExGRPOTrainer(GRPOTrainer):
         old_logps = inputs.get("old_per_token_logps", per_token_logps.detach())
         inputs["old_per_token_logps"] = torch.where(is_replayed.unsqueeze(1), per_token_logps, old_logps)
         shown = mask[is_replayed] if level == "token" else slice(None)
-        self._replayer.metrics.add_log_ratios(log_ratio.detach()[is_replayed][shown].flatten().cpu().numpy())
+        self._coordinator.add_log_ratios(log_ratio.detach()[is_replayed][shown].flatten().cpu().numpy())
 
     def _record(self, rows: torch.Tensor, mask: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor) -> None:
         """Record what the policy that generated them says of the rows to be stored."""
         numbers = rows.tolist()
-        for position in self._replayer.wanted_rows(numbers):
+        for position in self._coordinator.wanted_rows(numbers):
             own = mask[position]
-            self._replayer.record(
+            self._coordinator.record(
                 numbers[position],
                 logps[position][own].detach().float().cpu().numpy(),
                 entropies[position][own].float().mean().item(),
@@ -347,9 +346,8 @@ class ExGRPOTrainer(GRPOTrainer):
 
     def _begin_epoch(self) -> tuple[int, set[int]]:
         """Number of the epoch that begins or is resumed, and the rows that it leaves out."""
-        self._replayer.collect()
         epoch = int((self.state.epoch or 0.0) + 1e-6)
-        return epoch, self._dropped_questions.begin_epoch(epoch, self.experience_buffer.retired)
+        return epoch, self._coordinator.begin_epoch(epoch)
 
     def _check_dataset(self) -> None:
         """Look for trouble while nothing is lost yet: rows that cannot be saved, ids that identify nothing."""
@@ -369,49 +367,36 @@ class ExGRPOTrainer(GRPOTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if not self._is_replay_enabled:
             return super().train(*args, **kwargs)
-        self._replayer.begin_training()
-        self._dropped_questions.epoch = None
+        self._coordinator.begin_training()
         output = super().train(*args, **kwargs)
-        self._replayer.finish()
+        self._coordinator.finish()
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._is_replay_enabled and self.model.training and "loss" in logs:
-            logs.update(self._replayer.log_metrics())
+            logs.update(self._coordinator.log_metrics())
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._is_replay_enabled:
-            self._replayer.collect()
-            if self.args.should_save:
-                # First, so that an older checkpoint is not rotated away before this one can be resumed.
-                checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                self.experience_buffer.replay_state = {
-                    "replayer": self._replayer.state_dict(),
-                    "dropped_questions": self._dropped_questions.state_dict(),
-                }
-                self.experience_buffer.save(
-                    os.path.join(self._get_output_dir(trial=trial), checkpoint, "experience_buffer")
-                )
+            # First, so that an older checkpoint is not rotated away before this one can be resumed.
+            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._coordinator.save(os.path.join(self._get_output_dir(trial=trial), checkpoint, "experience_buffer"))
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._is_replay_enabled and checkpoint is not None:
-            self._load_buffer(os.path.join(checkpoint, "experience_buffer"))
+            self._coordinator.load(lambda: self._load_buffer(os.path.join(checkpoint, "experience_buffer")))
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _load_buffer(self, path: str) -> None:
+    def _load_buffer(self, path: str) -> ReplayBuffer:
         mine = self.experience_buffer
         loaded = type(mine).load(path)
         check_settings(loaded, self.args, ("group_size", "retire_solved"))
         loaded.set_limits(capacity=mine.capacity, max_completions_per_question=mine.max_completions_per_question)
-        self.experience_buffer = self._replayer.buffer = loaded
+        self.experience_buffer = loaded
         self._adopt_buffer(path)
-        if loaded.replay_state:  # none in a buffer that was saved by hand
-            self._replayer.load_state_dict(loaded.replay_state["replayer"])
-            self._dropped_questions.load_state_dict(loaded.replay_state["dropped_questions"])
-        else:
-            self._replayer.begin_training()
+        return loaded
 
     def _adopt_buffer(self, source: str) -> None:
         provenance = tokenizer_fingerprint(self.processing_class) | {"temperature": self.temperature}
@@ -419,7 +404,7 @@ class ExGRPOTrainer(GRPOTrainer):
             self.experience_buffer,
             provenance=provenance,
             max_completion_length=self.max_completion_length,
-            vocab_size=self.model.get_input_embeddings().weight.size(0),
+            vocab_size=self.model.config.get_text_config().vocab_size,
             source=source,
         )
         self.experience_buffer.provenance |= provenance

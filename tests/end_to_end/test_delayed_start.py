@@ -4,24 +4,23 @@ import pytest
 from tiny import make_trainer
 
 
-def scripted_reward(num_correct_per_step, solved_uid=None):
-    """In generation batch `i`, the first `num_correct_per_step[i]` fresh rollouts of every group are correct."""
-    calls = []
-
-    def reward(completions, uid, **kwargs):
-        step = len(calls)
-        calls.append(uid)
-        correct = num_correct_per_step[step]
-        # From the end of the group, because a stored completion takes its first slot.
-        return [float(i % 4 >= 4 - correct or uid[i] == solved_uid) for i in range(len(completions))]
-
-    return reward
-
-
 def run(tmp_path, num_correct_per_step, **options):
+    """In generation batch `i`, `num_correct_per_step[i]` rollouts of every group are correct, fresh ones first."""
+    num_calls = 0
+
+    def reward(completions, **kwargs):
+        nonlocal num_calls
+        num_correct = num_correct_per_step[num_calls]
+        num_calls += 1
+        rewards = []
+        for group in range(0, len(completions), 4):
+            fresh_first = sorted(range(group, group + 4), key=lambda row: row in trainer._stored)
+            rewards += [float(row in fresh_first[:num_correct]) for row in range(group, group + 4)]
+        return rewards
+
     trainer = make_trainer(
         tmp_path,
-        reward_funcs=scripted_reward(num_correct_per_step),
+        reward_funcs=reward,
         max_steps=len(num_correct_per_step),
         learning_rate=0.0,
         **options,

@@ -13,8 +13,8 @@ from exgrpo_trl.monitoring import ReplayMetrics, importance_ratio_metrics
 ALWAYS = {
     "replay/active", "replay/fraction", "replay/questions", "replay/completions", "replay/tokens", "replay/retired",
     "replay/evicted", "replay/duplicates", "replay/bucket_1", "replay/bucket_2", "replay/bucket_3",
-    "replay/candidates_scored", "replay/selection_seconds", "replay/tokens_saved", "fresh/pass_rate", "fresh/reward",
-    "fresh/reward_std", "fresh/frac_groups_without_signal",
+    "replay/candidates_scored", "replay/selection_seconds", "replay/scoring_seconds", "replay/tokens_saved",
+    "fresh/pass_rate", "fresh/reward", "fresh/reward_std", "fresh/frac_groups_without_signal",
 }  # fmt: skip
 WHEN_REPLAYED = {
     "replay/reward", "replay/group_pass_rate", "replay/staleness_mean", "replay/staleness_max",

@@ -42,9 +42,9 @@ class Recorder(ExGRPOTrainer):
         candidates = {}
         original = self._replayer._select
 
-        def select(question_id, choices, group):
+        def select(question_id, choices, row):
             candidates[question_id] = choices
-            return original(question_id, choices, group)
+            return original(question_id, choices, row)
 
         self._replayer._select = select
         rows = [dict(row) for row in inputs]
@@ -116,7 +116,7 @@ def test_question_completion_and_cost_of_every_replay(tmp_path):
     for number, batch in enumerate(trainer.batches):
         rows, output = replayed_rows(batch), batch["output"]
         assert len(rows) == min(2, len(batch["candidates"]))
-        assert all(row % 4 == 0 for row in rows), "the stored completion takes the first slot of its group"
+        assert len({row // 4 for row in rows}) == len(rows), "one stored completion in a group"
         # Nothing was generated for the stored completions, and everything for the others.
         assert batch["generated_rows"] == 16 - len(rows)
         fresh_prompts = [row_tokens(batch, row, "prompt") for row in range(16) if row not in rows]
@@ -128,7 +128,8 @@ def test_question_completion_and_cost_of_every_replay(tmp_path):
         for row in rows:
             num_replayed += 1
             # All rows of the group hold the prompt of one drawn question.
-            prompts = {tuple(row_tokens(batch, other, "prompt")) for other in range(row, row + 4)}
+            group = range(row // 4 * 4, row // 4 * 4 + 4)
+            prompts = {tuple(row_tokens(batch, other, "prompt")) for other in group}
             (prompt,) = prompts
             _, candidates = by_prompt[prompt]
             tokens, chosen = row_tokens(batch, row), None
@@ -151,7 +152,7 @@ def test_question_completion_and_cost_of_every_replay(tmp_path):
             assert not behavior[len(stored) :].any()
         # Rows that are not replayed keep the questions of the dataset.
         for group in range(4):
-            if group * 4 not in rows:
+            if group not in [row // 4 for row in rows]:
                 prompt = trainer.processing_class(batch["rows"][group * 4]["prompt"])["input_ids"]
                 assert all(row_tokens(batch, row, "prompt") == prompt for row in range(group * 4, group * 4 + 4))
         assert number > 0 or not rows
