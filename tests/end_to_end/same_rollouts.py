@@ -11,6 +11,20 @@ from tiny import CHARACTERS, first_letter_reward, lora_config, make_trainer, tin
 from exgrpo_trl import ExGRPOTrainer
 
 
+def long_reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Continuous: the length in characters."""
+    return [float(len(completion)) for completion in completions]
+
+
+def easy_reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    """1 for completions that do not begin with a letter from q on: three in four."""
+    return [float(not completion[:1].isalpha() or completion[:1] <= "p") for completion in completions]
+
+
+# By name, because functions of a test do not travel to its ranks.
+REWARDS = {"first_letter": first_letter_reward, "easy": easy_reward, "long": long_reward}
+
+
 class SameRollouts(ExGRPOTrainer):
     """Generates as ever, then puts other tokens in the place of what was generated; records every row."""
 
@@ -61,9 +75,10 @@ def same_rollouts_trainer(output_dir: Any, mode: str = "", **options: Any) -> An
         "lr_scheduler_type": "constant",
         "max_steps": 12,
         "retire_solved": False,
-        "reward_funcs": first_letter_reward,
+        "reward_funcs": "first_letter",
         "train_dataset": tiny_dataset(options.pop("num_rows", 8)),
     } | options
+    options["reward_funcs"] = REWARDS[options["reward_funcs"]]
     if options.pop("lora", False):
         options["peft_config"] = lora_config()
     return make_trainer(output_dir, SameRollouts, **options)
