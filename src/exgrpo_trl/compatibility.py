@@ -24,6 +24,8 @@ _HOOKS = {
     "compute_loss": ("model", "inputs"),
     "_get_train_sampler": (),
     "_save_checkpoint": ("model", "trial"),
+    "_save_rng_state": ("output_dir",),
+    "train": ("resume_from_checkpoint",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
 }
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")

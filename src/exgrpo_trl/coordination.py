@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
 from .experience import Candidate
 from .messages import (
@@ -90,13 +92,14 @@ class Coordinator:
         self.collect()
         return self.dropped_questions.begin_epoch(epoch, self.replayer.buffer.retired)
 
-    def save(self, path: str) -> None:
-        """Save buffer and state of replay, the last batch included."""
+    def save(self, checkpoint: str) -> None:
+        """Save buffer and state of replay into a checkpoint that is about to be written, the last batch included."""
         self.collect()
         with self.processes.together("saving the experience buffer"):
             if self.processes.is_main:
+                begin_checkpoint(checkpoint)
                 self.replayer.buffer.replay_state = self.state_dict()
-                self.replayer.buffer.save(path)
+                self.replayer.buffer.save(os.path.join(checkpoint, "experience_buffer"))
 
     def load(self, load_buffer: Callable[[], ReplayBuffer]) -> None:
         """

@@ -105,6 +105,11 @@ class Processes:
         """
         return self.scatter(None if payload is None else [payload] * self.count)
 
+    def wait(self) -> None:
+        """Return once all processes have come here."""
+        if self.count > 1:
+            dist.barrier()
+
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
         """

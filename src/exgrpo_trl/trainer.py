@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 
+from .checkpoints import newest_complete_checkpoint
 from .compatibility import check_arguments, check_processing_class, num_groups_to_replay
 from .config import ExGRPOConfig
 from .coordination import Coordinator
@@ -364,11 +365,13 @@ class ExGRPOTrainer(GRPOTrainer):
 
     # Checkpoints and logs
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if not self._is_replay_enabled:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._newest_complete_checkpoint() or True
         self._coordinator.begin_training()
-        output = super().train(*args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._coordinator.finish()
         return output
 
@@ -381,8 +384,19 @@ class ExGRPOTrainer(GRPOTrainer):
         if self._is_replay_enabled:
             # First, so that an older checkpoint is not rotated away before this one can be resumed.
             checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self._coordinator.save(os.path.join(self._get_output_dir(trial=trial), checkpoint, "experience_buffer"))
+            self._coordinator.save(os.path.join(self._get_output_dir(trial=trial), checkpoint))
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._is_replay_enabled:
+            # The main process goes on to write the state of the trainer, which says that a checkpoint is complete.
+            self._processes.wait()
+
+    def _newest_complete_checkpoint(self) -> str | None:
+        with self._processes.together("looking for a checkpoint"):
+            found = newest_complete_checkpoint(self.args.output_dir) if self._processes.is_main else None
+        return self._processes.broadcast((found or "").encode() if self._processes.is_main else None).decode() or None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._is_replay_enabled and checkpoint is not None:

@@ -1,4 +1,4 @@
-"""A trainer whose fresh completions depend on prompt, slot and step only, so that runs on any number of ranks agree."""
+"""A trainer whose fresh completions depend on prompt, slot and step only: runs on any number of ranks agree."""
 
 from pathlib import Path
 from typing import Any
