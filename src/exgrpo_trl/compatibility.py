@@ -142,6 +142,28 @@ def check_processing_class(processing_class: Any, success_reward: str | None, re
         )
 
 
+def check_batch_size(train_batch_size: int, args: ExGRPOConfig) -> None:
+    """
+    Refuse to resume with a batch that is not the configured one: transformers below 5 takes the checkpoint's.
+
+    Args:
+        train_batch_size (`int`):
+            Rows per process that the trainer is going to use.
+        args ([`ExGRPOConfig`]):
+            Configuration of the trainer.
+
+    Raises:
+        `ValueError`:
+            When the two differ.
+    """
+    if train_batch_size != args.train_batch_size:
+        raise ValueError(
+            f"per_device_train_batch_size={args.train_batch_size}, but this release of transformers resumes with the "
+            f"{train_batch_size} of the checkpoint. Keep per_device_train_batch_size={train_batch_size} and change "
+            "gradient_accumulation_steps instead, or upgrade transformers to 5 or later."
+        )
+
+
 def num_groups_to_replay(args: ExGRPOConfig) -> int:
     """Most questions of a generation batch that are replayed, `floor(rho * G)`."""
     # The small addition keeps products such as 0.29 * 100 from falling below their integer.

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .checkpoints import newest_complete_checkpoint
-from .compatibility import check_arguments, check_processing_class, num_groups_to_replay
+from .compatibility import check_arguments, check_batch_size, check_processing_class, num_groups_to_replay
 from .config import ExGRPOConfig
 from .coordination import Coordinator
 from .experience import Candidate, Experience, Question, encode_example
@@ -400,6 +400,7 @@ class ExGRPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._is_replay_enabled and checkpoint is not None:
+            check_batch_size(self._train_batch_size, self.args)
             self._coordinator.load(lambda: self._load_buffer(os.path.join(checkpoint, "experience_buffer")))
         super()._load_optimizer_and_scheduler(checkpoint)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from ranks import assert_engaged, whole_parameters
-from tiny import CHARACTERS, first_letter_reward, lora_config, make_trainer, tiny_dataset
+from tiny import CHARACTERS, first_letter_reward, lora_config, make_trainer, tiny_dataset, tiny_model
 
 from exgrpo_trl import ExGRPOTrainer
 
@@ -81,7 +81,9 @@ def same_rollouts_trainer(output_dir: Any, mode: str = "", **options: Any) -> An
     options["reward_funcs"] = REWARDS[options["reward_funcs"]]
     if options.pop("lora", False):
         options["peft_config"] = lora_config()
-    return make_trainer(output_dir, SameRollouts, **options)
+    model = tiny_model()
+    torch.manual_seed(0)  # LoRA's weights
+    return make_trainer(output_dir, SameRollouts, model=model, **options)
 
 
 def result_of(trainer: Any) -> dict[str, Any]:

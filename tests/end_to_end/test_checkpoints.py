@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny import lora_config, make_trainer, parameters_of, tiny_dataset, tiny_tokenizer
 
 from exgrpo_trl import ExperienceBuffer
@@ -256,3 +258,13 @@ def test_replay_off_neither_saves_nor_asks_for_a_buffer(tmp_path):
     make_trainer(tmp_path, max_steps=1, **options).train()
     assert not (tmp_path / "checkpoint-1" / "experience_buffer").exists()
     make_trainer(tmp_path, max_steps=2, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_resume_with_another_batch_size(tmp_path, checkpoint):
+    """Old transformers goes on with the batch size of the checkpoint, new ones with the configured one."""
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    if Version(transformers.__version__) < Version("5"):
+        with pytest.raises(ValueError, match=r"(?s)per_device_train_batch_size=8.*16 of the checkpoint.*accumulation"):
+            resume(tmp_path, checkpoint, **options)
+    else:
+        assert resume(tmp_path, checkpoint, **options).state.global_step == 4

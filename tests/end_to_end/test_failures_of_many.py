@@ -28,10 +28,6 @@ async def broken_async_reward(completions, **kwargs):
     return broken_reward(completions, **kwargs)
 
 
-def too_few_rewards(completions, trainer_state, **kwargs):
-    return first_letter_reward(completions)[: 1 if is_rank(0) and trainer_state.global_step == 1 else None]
-
-
 def broken_sampler(buffer, n, rng):
     raise KeyError("no such question")
 
@@ -56,8 +52,6 @@ def fail(mode, mode_options, output_dir, case):
         options["reward_funcs"] = broken_reward
     elif case == "async_reward":
         options["reward_funcs"] = [first_letter_reward, broken_async_reward]
-    elif case == "too_few_rewards":
-        options["reward_funcs"] = too_few_rewards
     elif case == "save":
         options |= {"experience_buffer": BrokenBuffer(group_size=4), "save_strategy": "steps", "save_steps": 2}
     elif case in ("path", "model"):
@@ -77,7 +71,6 @@ def fail(mode, mode_options, output_dir, case):
 CASES = {
     "reward": "the verifier is broken",
     "async_reward": "the verifier is broken",
-    "too_few_rewards": "returned 1 rewards, but 8 were expected",
     "save": "No space left on device",
     "path": "model.safetensors is not part of one",
     "sampler": "no such question",

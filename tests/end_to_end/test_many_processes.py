@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks import MODES, run_ranks
+from ranks import MODES, run_ranks, skip_unless_trainable
 from same_rollouts import result_of, results, same_rollouts_trainer, train_and_save
 
 
@@ -66,6 +66,7 @@ def assert_even(ranks, rows_per_rank):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("mode", MODES)
 def test_agrees_with_a_single_process(tmp_path, mode, lora):
+    skip_unless_trainable(mode, lora)
     options = {"lora": lora}
     single, start = run_single(tmp_path / "single", options)
     parallel = options | {"per_device_train_batch_size": 8}
