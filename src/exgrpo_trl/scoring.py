@@ -15,8 +15,8 @@ def deal_forwards(lengths: Sequence[int], num_processes: int, batch_size: int) -
     """
     Deal sequences out so that every process makes the same number of forwards, of similar size at the same time.
 
-    FSDP and ZeRO-3 need the former: a forward waits for all processes. Where there are fewer sequences than processes,
-    some are dealt twice.
+    FSDP and ZeRO-3 need the former: a forward waits for all processes. Where the sequences do not go round, the last
+    ones are dealt twice.
 
     Args:
         lengths (`Sequence[int]`):
@@ -35,7 +35,8 @@ def deal_forwards(lengths: Sequence[int], num_processes: int, batch_size: int) -
     num_forwards = -(-len(lengths) // (num_processes * batch_size))
     longest_first = np.argsort([-length for length in lengths], kind="stable")
     batches = [batch.tolist() for batch in np.array_split(longest_first, num_forwards * num_processes)]
-    batches = [batch or batches[0] for batch in batches]
+    shortest = [batch for batch in batches if batch][-1]
+    batches = [batch or shortest for batch in batches]
     return [batches[process::num_processes] for process in range(num_processes)]
 
 
