@@ -13,6 +13,7 @@ trains SmolLM2-135M-Instruct on two-digit sums; it needs neither a GPU nor a hub
         --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --max_completion_length 2048
 
 Every field of `ExGRPOConfig` and of TRL's `ModelConfig` is a flag; `--config file.yaml` reads them from a file.
+Several GPUs: `accelerate launch --config_file examples/configs/fsdp2.yaml examples/train_math.py ...`, see README.md.
 """
 
 import os
@@ -24,10 +25,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward
@@ -155,7 +157,7 @@ class Progress(ProgressCallback):
 
 def held_out_pass_rate(trainer: ExGRPOTrainer) -> float:
     """Share of held-out questions solved at the training temperature; the same seed before and after."""
-    set_seed(trainer.args.seed)
+    set_seed(trainer.args.seed, device_specific=True)  # processes must not sample the same completions in training
     metrics = trainer.evaluate()
     return float(metrics["eval_reward"])
 
@@ -192,7 +194,8 @@ def main() -> None:
         import embedded
 
         torch.set_num_threads(1)  # accelerate asks for all cores, which is many times slower where one is busy
-        model: Any = embedded.load_model_folder()
+        with config.main_process_first(desc="converting the model"):
+            model: Any = embedded.load_model_folder()
         tokenizer = embedded.load_tokenizer(model)
         train, held_out = embedded.load_datasets(arguments.num_train or 512, arguments.num_held_out, config.seed)
         reward = embedded.sum_reward
@@ -200,7 +203,8 @@ def main() -> None:
     else:
         model = model_config.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(model, revision=model_config.model_revision)
-        train, held_out = load_questions(arguments, config.seed)
+        with config.main_process_first(desc="loading the questions"):
+            train, held_out = load_questions(arguments, config.seed)
         reward = accuracy_reward
         config.model_init_kwargs = {
             "revision": model_config.model_revision,

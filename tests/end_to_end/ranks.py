@@ -207,8 +207,10 @@ class Ranks:
         return "\n".join(path.read_text()[-6000:] for path in sorted(self.folder.glob("rank*.log")))
 
 
-def run_ranks(function: Any, *arguments: Any, folder: Any, mode: str = "ddp", world: int = 2) -> None:
+def run_ranks(
+    function: Any, *arguments: Any, folder: Any, mode: str = "ddp", world: int = 2, timeout: float = 120
+) -> None:
     """Run `function(mode, options, *arguments)` on real processes, and fail with their output if one fails."""
     ranks = Ranks(function, arguments, folder, mode, world)
-    codes = ranks.wait()
+    codes = ranks.wait(timeout)
     assert codes == [0] * world, ranks.logs()
