@@ -30,7 +30,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward
 
@@ -155,11 +155,22 @@ class Progress(ProgressCallback):
         self.training_bar.write(" | ".join(shown))
 
 
-def held_out_pass_rate(trainer: ExGRPOTrainer) -> float:
-    """Share of held-out questions solved at the training temperature; the same seed before and after."""
-    set_seed(trainer.args.seed, device_specific=True)  # processes must not sample the same completions in training
-    metrics = trainer.evaluate()
-    return float(metrics["eval_reward"])
+class SeedAtStart(TrainerCallback):
+    """Evaluates with the seed of the evaluation at the end; another one on each process, whose samples must differ."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        set_seed(args.seed, device_specific=True)
+
+
+def train_and_evaluate(trainer: ExGRPOTrainer) -> tuple[float, float]:
+    """Share of held-out questions solved at the training temperature, before and after; the same seed for both."""
+    # Not trainer.evaluate(): FSDP and DeepSpeed need the optimizer to prepare a model, and DDP would train without it.
+    trainer.args.eval_on_start = True
+    trainer.add_callback(SeedAtStart)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    before = next(line["eval_reward"] for line in trainer.state.log_history if "eval_reward" in line)
+    set_seed(trainer.args.seed, device_specific=True)
+    return float(before), float(trainer.evaluate()["eval_reward"])
 
 
 def plot(history: list[dict[str, Any]], before: float, after: float, path: Path) -> None:
@@ -227,9 +238,7 @@ def main() -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress)
 
-    before = held_out_pass_rate(trainer)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    after = held_out_pass_rate(trainer)
+    before, after = train_and_evaluate(trainer)
     trainer.save_model()
 
     if trainer.accelerator.is_main_process:

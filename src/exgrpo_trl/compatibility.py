@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import trl
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.nn.parallel import DistributedDataParallel
 from transformers import ProcessorMixin
 from transformers.utils import logging
 from trl import GRPOTrainer
@@ -28,6 +31,8 @@ _HOOKS = {
     "train": ("resume_from_checkpoint",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
 }
+# One copy of the model per process.
+_COPIES = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -161,6 +166,28 @@ def check_batch_size(train_batch_size: int, args: ExGRPOConfig) -> None:
             f"per_device_train_batch_size={args.train_batch_size}, but this release of transformers resumes with the "
             f"{train_batch_size} of the checkpoint. Keep per_device_train_batch_size={train_batch_size} and change "
             "gradient_accumulation_steps instead, or upgrade transformers to 5 or later."
+        )
+
+
+def check_wrapped(model: Any, accelerator: Accelerator) -> None:
+    """
+    Refuse to train each process on its own, which transformers does after an evaluation before the training.
+
+    Args:
+        model ([`~torch.nn.Module`]):
+            Model of a training step.
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the trainer.
+
+    Raises:
+        `RuntimeError`:
+            When there are several processes with a copy of the model each, and nothing that averages their gradients.
+    """
+    if accelerator.distributed_type in _COPIES and not isinstance(model, DistributedDataParallel):
+        raise RuntimeError(
+            "The processes would train their copies of the model without sharing gradients: after trainer.evaluate(), "
+            "transformers does not prepare the model for training any more. Set eval_on_start=True to evaluate at the "
+            "start of the training instead of before it."
         )
 
 

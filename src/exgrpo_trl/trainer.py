@@ -14,7 +14,13 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .checkpoints import newest_complete_checkpoint
-from .compatibility import check_arguments, check_batch_size, check_processing_class, num_groups_to_replay
+from .compatibility import (
+    check_arguments,
+    check_batch_size,
+    check_processing_class,
+    check_wrapped,
+    num_groups_to_replay,
+)
 from .config import ExGRPOConfig
 from .coordination import Coordinator
 from .experience import Candidate, Experience, Question, encode_example
@@ -270,6 +276,7 @@ class ExGRPOTrainer(GRPOTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "rollout_rows" not in inputs:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        check_wrapped(model, self.accelerator)
         # A copy, because the same dict comes again when num_iterations > 1.
         self._loss_inputs = dict(inputs)
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import MODES, Ranks
-from tiny import first_letter_reward, make_trainer
+from tiny import first_letter_reward, make_trainer, tiny_dataset
 
 from exgrpo_trl import ExperienceBuffer
 
@@ -112,3 +112,35 @@ def test_no_process_waits_for_one_that_cannot_save_the_model(tmp_path, mode):
     ranks = Ranks(fail, (str(tmp_path / "out"), "model"), tmp_path, mode)
     assert ranks.wait(SECONDS) == [1, 1], ranks.logs()
     assert "No space left on device" in (tmp_path / "rank0.log").read_text()
+
+
+def evaluate_first(mode, mode_options, output_dir, on_start):
+    trainer = make_trainer(
+        output_dir,
+        eval_dataset=tiny_dataset(4),
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        num_generations_eval=4,
+        eval_on_start=on_start,
+        max_steps=4,
+        **mode_options,
+    )
+    if not on_start:
+        trainer.evaluate()
+    trainer.train()
+    assert trainer.state.log_history[-2]["replay/fraction" if trainer.is_world_process_zero() else "step"] > 0
+    sums = [None, None]
+    torch.distributed.all_gather_object(sums, sum(p.sum().item() for p in trainer.model.parameters()))
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize("on_start", [False, True])
+def test_evaluation_before_training(tmp_path, on_start):
+    """transformers would go on without DDP, and each process would train a model of its own."""
+    ranks = Ranks(evaluate_first, (str(tmp_path / "out"), on_start), tmp_path)
+    codes = ranks.wait(SECONDS)
+    if on_start:
+        assert codes == [0, 0], ranks.logs()
+    else:
+        assert codes == [1, 1], ranks.logs()
+        assert "eval_on_start=True" in (tmp_path / "rank0.log").read_text()
