@@ -6,6 +6,8 @@ VENV_OLDEST ?= .venv-oldest
 # torch comes first and stays: a later install would replace it by the newest build with all CUDA packages. Where pip
 # offers no CPU build under this name, use TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
 TORCH ?= torch==2.13.0
+# Two files of tests at a time; a failure is easier to read with PYTEST_OPTIONS=
+PYTEST_OPTIONS ?= --numprocesses 2 --dist loadfile
 PIP_OPTIONS ?= --quiet --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1

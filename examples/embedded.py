@@ -44,6 +44,9 @@ def load_model_folder() -> str:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         os.rename(unfinished, folder)
+    except OSError:
+        if not folder.exists():  # else another node was faster
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return str(folder)

@@ -167,7 +167,8 @@ def train_and_evaluate(trainer: ExGRPOTrainer) -> tuple[float, float]:
     # Not trainer.evaluate(): FSDP and DeepSpeed need the optimizer to prepare a model, and DDP would train without it.
     trainer.args.eval_on_start = True
     trainer.add_callback(SeedAtStart)
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    resume = trainer.args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     before = next(line["eval_reward"] for line in trainer.state.log_history if "eval_reward" in line)
     set_seed(trainer.args.seed, device_specific=True)
     return float(before), float(trainer.evaluate()["eval_reward"])

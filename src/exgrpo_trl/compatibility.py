@@ -98,6 +98,12 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
             f"Replay does not support tensor, context or sequence parallelism ({parallelism}): every process must "
             "have rows of its own. Use DDP, FSDP or DeepSpeed, or set replay_fraction=0."
         )
+    loading = args.accelerator_config
+    if args.world_size > 1 and (loading.split_batches or loading.dispatch_batches):
+        raise ValueError(
+            "Replay on several processes needs every process to load its own batch, but accelerator_config has "
+            f"split_batches={loading.split_batches} and dispatch_batches={loading.dispatch_batches}. Leave them out."
+        )
     if args.loss_type not in _LOSS_TYPES:
         raise NotImplementedError(
             f"Replay has no definition for loss_type={args.loss_type!r}. Choose one of {', '.join(_LOSS_TYPES)}."

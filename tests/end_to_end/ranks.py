@@ -1,5 +1,6 @@
 """Real processes on one machine: gloo, and the DDP, FSDP2 and DeepSpeed code of accelerate, on the CPU."""
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -143,6 +144,7 @@ def _child(rank: int, world: int, port: int, mode: str, folder: str, function: A
     with open(Path(folder) / f"rank{rank}.log", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+        faulthandler.enable()
         environment, options = MODES[mode]
         os.environ.update(
             environment,

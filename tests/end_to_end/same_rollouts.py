@@ -78,6 +78,8 @@ def same_rollouts_trainer(output_dir: Any, mode: str = "", **options: Any) -> An
         "reward_funcs": "first_letter",
         "train_dataset": tiny_dataset(options.pop("num_rows", 8)),
     } | options
+    if options.pop("iterable", False):
+        options["train_dataset"] = options["train_dataset"].to_iterable_dataset()
     options["reward_funcs"] = REWARDS[options["reward_funcs"]]
     if options.pop("lora", False):
         options["peft_config"] = lora_config()

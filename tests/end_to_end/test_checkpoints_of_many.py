@@ -66,10 +66,13 @@ def test_resume_is_exact(tmp_path, mode, lora):
     assert buffer_contents(start) != expected[0]["buffer"]
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
-def test_resume_with_another_number_of_processes(tmp_path, before, after):
+@pytest.mark.parametrize(
+    ("mode", "before", "after"), [("ddp", 2, 1), ("ddp", 1, 2), ("ddp", 2, 4), ("fsdp2", 2, 4), ("fsdp2", 4, 2)]
+)
+def test_resume_with_another_number_of_processes(tmp_path, mode, before, after):
     """The rest of the run is that of a run that never stopped, whatever the number of processes."""
     options = {"save_strategy": "steps", "save_steps": 6, "retire_solved": True, "reward_funcs": "easy"}
+    options |= {"optim_args": "momentum=0.5", "learning_rate": 0.05}  # a state of the optimizer that matters
     whole = same_rollouts_trainer(tmp_path / "whole", **options)
     whole.train()
 
@@ -77,7 +80,7 @@ def test_resume_with_another_number_of_processes(tmp_path, before, after):
         chosen = options | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4 // world} | more
         folder = tmp_path / name
         if world > 1:
-            run_ranks(train_and_save, str(folder), chosen, folder=folder, world=world)
+            run_ranks(train_and_save, str(folder), chosen, folder=folder, mode=mode, world=world)
             rows = {}
             for rank in results(folder, world):
                 rows |= rank["rows"]

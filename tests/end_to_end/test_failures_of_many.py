@@ -60,6 +60,8 @@ def fail(mode, mode_options, output_dir, case):
         options["question_sampler"] = broken_sampler
     elif case == "selector":
         options["completion_selector"] = broken_selector
+    elif case == "split_batches":
+        options["accelerator_config"] = {"split_batches": True}
     elif case == "resume":
         resume = str(Path(output_dir) / "checkpoint-2")
     trainer = make_trainer(output_dir, **options)
@@ -76,6 +78,7 @@ CASES = {
     "sampler": "no such question",
     "selector": "Return the index of one",
     "resume": "has no metadata.json",
+    "split_batches": "split_batches=True",
 }
 
 
@@ -100,7 +103,7 @@ def test_all_processes_end(tmp_path, case):
     assert_all_end(Ranks(fail, (str(tmp_path / "out"), case), tmp_path), CASES[case])
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("mode", ["fsdp2", "zero2", "zero3"])
 @pytest.mark.parametrize("case", ["reward", "save"])
 def test_all_processes_end_where_forwards_wait_for_each_other(tmp_path, mode, case):
     assert_all_end(Ranks(fail, (str(tmp_path / "out"), case), tmp_path, mode), CASES[case])

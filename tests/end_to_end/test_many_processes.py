@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import trl
+from packaging.version import Version
 from ranks import MODES, run_ranks, skip_unless_trainable
 from same_rollouts import result_of, results, same_rollouts_trainer, train_and_save
 
@@ -103,12 +105,15 @@ SHAPES = {
     "retirement": ({"retire_solved": True, "reward_funcs": "easy"}, {"per_device_train_batch_size": 8}, 2),
     "delayed_start": ({"replay_start_pass_rate": 0.4}, {"per_device_train_batch_size": 8}, 2),
     "reward_std": ({"difficulty": "reward_std", "reward_funcs": "long"}, {"per_device_train_batch_size": 8}, 2),
+    "iterable": ({"iterable": True, "drop_retired_questions": False}, {"per_device_train_batch_size": 8}, 2),
     "capacity": ({"buffer_capacity": 9, "max_staleness": 5}, {"per_device_train_batch_size": 8}, 2),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_however_the_rows_lie(tmp_path, shape):
+    if shape == "iterable" and Version(trl.__version__) < Version("1.15"):
+        pytest.skip(f"trl {trl.__version__} does not take iterable datasets")
     options, parallel, world = SHAPES[shape]
     single, start = run_single(tmp_path / "single", options)
     run_ranks(train_and_save, str(tmp_path), options | parallel, folder=tmp_path, world=world)
