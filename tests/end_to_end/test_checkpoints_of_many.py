@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from ranks import MODES, Ranks, assert_engaged, run_ranks, skip_unless_trainable, whole_parameters
 from same_rollouts import buffer_contents, results, same_rollouts_trainer, train_and_save
 from tiny import lora_config, make_trainer
@@ -71,6 +73,8 @@ def test_resume_is_exact(tmp_path, mode, lora):
 )
 def test_resume_with_another_number_of_processes(tmp_path, mode, before, after):
     """The rest of the run is that of a run that never stopped, whatever the number of processes."""
+    if mode == "fsdp2" and Version(transformers.__version__) < Version("5"):
+        pytest.skip(f"transformers {transformers.__version__} cannot load the state of SGD with FSDP2")
     options = {"save_strategy": "steps", "save_steps": 6, "retire_solved": True, "reward_funcs": "easy"}
     options |= {"optim_args": "momentum=0.5", "learning_rate": 0.05}  # a state of the optimizer that matters
     whole = same_rollouts_trainer(tmp_path / "whole", **options)
