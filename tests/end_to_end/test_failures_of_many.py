@@ -98,7 +98,8 @@ def test_all_processes_end(tmp_path, case):
         (tmp_path / "out" / "checkpoint-2" / "experience_buffer").mkdir(parents=True)
         (tmp_path / "out" / "checkpoint-2" / "experience_buffer" / "model.safetensors").touch()
     if case == "resume":
-        make_trainer(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2).train()
+        first = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 8}
+        make_trainer(tmp_path / "out", **first).train()
         (tmp_path / "out" / "checkpoint-2" / "experience_buffer" / "metadata.json").unlink()
     assert_all_end(Ranks(fail, (str(tmp_path / "out"), case), tmp_path), CASES[case])
 
