@@ -263,6 +263,9 @@ def main() -> None:
         table.add_row("Plot", str(picture))
         table.add_row("Model", os.fspath(config.output_dir))
         Console().print(table)
+    # A process that ends with its group open may abort, and the launcher would then kill the one that plots.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
