@@ -84,8 +84,13 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
     for name, reason in unsupported.items():
         if arguments.get(name):
             raise NotImplementedError(f"Replay does not support {name}: {reason}. {way_out}")
-    if args.use_vllm:
-        raise NotImplementedError(f"Replay does not support use_vllm=True yet: vLLM generates whole groups. {way_out}")
+    unsuitable = sorted({"n", "best_of", "seed"} & set(args.generation_kwargs or ())) if args.use_vllm else []
+    if unsuitable:
+        raise ValueError(
+            f"generation_kwargs has {', '.join(unsuitable)}, but with replay vLLM is asked for single completions: a "
+            "number of its own would not fit, and one seed would make the completions of a question all the same. "
+            "Remove it, or set replay_fraction=0 to train with plain GRPO."
+        )
     if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
         raise NotImplementedError(
             f"Replay does not support use_liger_kernel=True on trl {trl.__version__}: its fused loss never shows the "
@@ -150,6 +155,30 @@ def check_processing_class(processing_class: Any, success_reward: str | None, re
         raise ValueError(
             f"success_reward={success_reward!r} is not a reward function of this trainer, which has {reward_names}. "
             "Name one of these, or use None for the weighted sum."
+        )
+
+
+def check_vllm(vllm: Any, is_main: bool) -> None:
+    """
+    Check that what TRL generates with has the parts that replay wraps.
+
+    Args:
+        vllm ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            Made by TRL.
+        is_main (`bool`):
+            Whether this is the main process, which alone talks to a server.
+
+    Raises:
+        `RuntimeError`:
+            When a part is missing; names it and the TRL version.
+    """
+    parts = {"server": "vllm_client", "colocate": "llm"}
+    part = parts.get(getattr(vllm, "mode", ""), "mode")
+    has_part = hasattr(getattr(vllm, part, None), "generate") or (part == "vllm_client" and not is_main)
+    if not has_part:
+        raise RuntimeError(
+            f"exgrpo-trl relies on {part}.generate() of {type(vllm).__name__}, which trl {trl.__version__} "
+            "does not have. Upgrade exgrpo-trl, or install a TRL release that it supports (see its README)."
         )
 
 

@@ -15,9 +15,11 @@ from .experience import Candidate
 from .messages import (
     Prompted,
     decode_forwards,
+    decode_plan,
     decode_records,
     decode_scores,
     encode_forwards,
+    encode_plan,
     encode_records,
     encode_scores,
 )
@@ -25,7 +27,7 @@ from .processes import Processes
 from .protocols import ReplayBuffer
 from .questions import DroppedQuestions
 from .replay import Replayer
-from .rollouts import PendingBatch, Records, Replay
+from .rollouts import PendingBatch, Plan, Records, Replay
 from .scoring import deal_forwards
 
 
@@ -158,7 +160,7 @@ class Coordinator:
 
     # One generation batch
 
-    def plan(self, num_rows: int, policy_version: int) -> Records:
+    def plan(self, num_rows: int, policy_version: int) -> Plan:
         """
         Decide what a generation batch replays.
 
@@ -169,15 +171,15 @@ class Coordinator:
                 Version of the policy.
 
         Returns:
-            [`Records`]:
-                Replayed questions of the groups that have rows here, and the stored completions of rows here.
+            [`Plan`]:
+                Rows that stored completions take, and the share of this process.
         """
         self._replays = []
         if not self.replayer.is_started:
             self.replayer.metrics.add(
                 replay__candidates_scored=0, replay__selection_seconds=0, replay__scoring_seconds=0
             )
-            return Records()
+            return Plan()
         start = time.perf_counter()
         candidates: dict[str, list[Candidate]] = {}
         with self.processes.together("drawing the questions to replay"):
@@ -191,16 +193,18 @@ class Coordinator:
             if self.processes.is_main:
                 num_groups = num_rows * self.processes.count // self.args.num_generations
                 self._replays = self.replayer.select(candidates, num_groups)
+                rows = frozenset(replay.row for replay in self._replays)
                 shares = [
-                    encode_records(self._share(rank * num_rows, num_rows)) for rank in range(self.processes.count)
+                    encode_plan(Plan(rows, self._share(rank * num_rows, num_rows)))
+                    for rank in range(self.processes.count)
                 ]
-        share = decode_records(self.processes.scatter(shares))
+        plan = decode_plan(self.processes.scatter(shares))
         scoring_seconds = after_scoring - before_scoring
         self.replayer.metrics.add(
             replay__selection_seconds=time.perf_counter() - start - scoring_seconds,
             replay__scoring_seconds=scoring_seconds,
         )
-        return share
+        return plan
 
     def _share(self, first_row: int, num_rows: int) -> Records:
         """What the process with these rows has to know of the replays."""

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from .experience import Candidate, Experience, Question, decode_example, encode_example
-from .rollouts import Records
+from .rollouts import Plan, Records
 from .tables import EXPERIENCE_SCHEMA, experiences_from_table, experiences_to_arrays
 
 _QUESTIONS = pa.schema([("group", pa.int64()), ("question_id", pa.string()), ("example", pa.large_string())])
@@ -61,6 +61,34 @@ def decode_records(message: bytes) -> Records:
         {group: Question(name, decode_example(example)) for group, name, example in zip(*columns, strict=True)},
         dict(zip(experiences.column("row").to_pylist(), experiences_from_table(experiences), strict=True)),
     )
+
+
+def encode_plan(plan: Plan) -> bytes:
+    """
+    Bytes of what a generation batch replays; nothing for nothing.
+
+    Args:
+        plan ([`Plan`]):
+            Rows of the whole batch and the share of one process.
+    """
+    if not plan.rows:
+        return b""
+    rows = np.array(sorted(plan.rows), dtype=np.int64)
+    return len(rows).to_bytes(8, "little") + rows.tobytes() + encode_records(plan.share)
+
+
+def decode_plan(message: bytes) -> Plan:
+    """
+    The inverse of [`encode_plan`].
+
+    Args:
+        message (`bytes`):
+            Encoded plan.
+    """
+    if not message:
+        return Plan()
+    end = 8 + 8 * int.from_bytes(message[:8], "little")
+    return Plan(frozenset(np.frombuffer(message[8:end], dtype=np.int64).tolist()), decode_records(message[end:]))
 
 
 def encode_forwards(forwards: Sequence[Prompted]) -> bytes:

@@ -39,6 +39,21 @@ class Records:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """What a generation batch replays.
+
+    Attributes:
+        rows (`frozenset[int]`):
+            Rows of the whole batch that stored completions take.
+        share ([`Records`]):
+            Replayed questions of the groups that have rows on this process, and the stored completions of its rows.
+    """
+
+    rows: frozenset[int] = frozenset()
+    share: Records = field(default_factory=Records)
+
+
+@dataclass(frozen=True, slots=True)
 class CollectedGroup:
     """What a group adds to the buffer: the arguments of `ExperienceBuffer.collect`."""
 

@@ -18,12 +18,14 @@ from .compatibility import (
     check_arguments,
     check_batch_size,
     check_processing_class,
+    check_vllm,
     check_wrapped,
     num_groups_to_replay,
 )
 from .config import ExGRPOConfig
 from .coordination import Coordinator
 from .experience import Candidate, Experience, Question, encode_example
+from .generation import fresh_rows_only, generate_fresh, is_unscored, put_stored, sampling_metrics
 from .losses import importance_log_ratio, mixed_advantages
 from .messages import Prompted
 from .processes import Processes
@@ -31,7 +33,7 @@ from .protocols import ReplayBuffer
 from .provenance import check_buffer, check_settings, resolve_buffer, tokenizer_fingerprint
 from .questions import ActiveQuestionSampler, DroppedQuestions, dataset_question_ids, row_question_id
 from .replay import Replayer
-from .rollouts import PendingBatch, success_rewards
+from .rollouts import PendingBatch, Plan, success_rewards
 from .sampling import CompletionSelector, QuestionSampler, get_completion_selector, make_question_sampler
 from .scoring import score_completions
 
@@ -79,7 +81,7 @@ class ExGRPOTrainer(GRPOTrainer):
     Raises:
         `NotImplementedError`:
             When an argument cannot work with replay (tools, environments, `rollout_func`, vision-language models,
-            vLLM, Liger's loss in TRL below 1.14).
+            Liger's loss in TRL below 1.14).
         `ValueError`:
             When the configuration, the question ids or the buffer do not fit together.
     """
@@ -127,6 +129,8 @@ class ExGRPOTrainer(GRPOTrainer):
         if not self._is_replay_enabled:
             return
         check_processing_class(self.processing_class, args.success_reward, self.reward_func_names)
+        if self.use_vllm:
+            check_vllm(self.vllm_generation, is_main=self.accelerator.is_main_process)
         self._replayer = Replayer(
             self.experience_buffer,
             args,
@@ -145,7 +149,9 @@ class ExGRPOTrainer(GRPOTrainer):
             tokenize=lambda prompts: self._tokenize_prompts(prompts)[0],
             score=self._score,
         )
-        self._stored: dict[int, Experience] = {}  # replayed in the batch that is being generated, by row
+        self._plan = Plan()  # what the batch that is being generated replays
+        self._stored: dict[int, Experience] = {}  # its stored completions by row of this process
+        self._unscored: set[int] = set()  # its rows that vLLM gave no log-probabilities for
         self._scored: tuple[list[list[int]], torch.Tensor] | None = None  # completion ids and rewards of that batch
         self._forwards: list[Any] | None = None  # while that batch is being scored: what each forward returned
         self._loss_inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
@@ -161,7 +167,8 @@ class ExGRPOTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         self._coordinator.collect()
         version = self._replayer.policy_version(self.state.global_step)
-        replayed = self._coordinator.plan(len(inputs), version)
+        plan = self._coordinator.plan(len(inputs), version)
+        replayed = plan.share
         first_row = self._processes.rank * len(inputs)
         groups = [(first_row + row) // self.num_generations for row in range(len(inputs))]
         with self._processes.together("preparing a batch"):
@@ -176,9 +183,11 @@ class ExGRPOTrainer(GRPOTrainer):
                 for group, row in zip(groups, inputs, strict=True)
             ]
         self._stored = {row - first_row: experience for row, experience in replayed.experiences.items()}
-        self._forwards = []
+        self._plan, self._unscored, self._forwards = plan, set(), []
         try:
             output = super()._generate_and_score_completions(inputs)
+            if plan.rows and "importance_sampling_ratio" in output:
+                self._leave_to_replay(output)
             self._observe(output, questions, first_row, version)
             return output
         finally:
@@ -187,17 +196,28 @@ class ExGRPOTrainer(GRPOTrainer):
     def _generate_single_turn(
         self, prompt_ids: list[Any], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if not self._is_replay_enabled or not self._stored:
+        if not self._is_replay_enabled or self._forwards is None:  # plain GRPO, or an evaluation
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-        # At least one, because the other processes may wait for this one to generate; it is dropped.
-        rows = [row for row in range(len(prompt_ids)) if row not in self._stored] or [0]
-        fresh_fields = {name: [field[row] for row in rows] for name, field in multimodal_fields.items()}
-        fresh_ids, logprobs, *rest = super()._generate_single_turn(
-            [prompt_ids[row] for row in rows], images, fresh_fields, *args, **kwargs
-        )
-        completion_ids = dict(zip(rows, fresh_ids, strict=True))
-        completion_ids |= {row: experience.token_ids.tolist() for row, experience in self._stored.items()}
-        return [completion_ids[row] for row in range(len(prompt_ids))], logprobs, *rest
+
+        def generate(prompt_ids: list[Any], multimodal_fields: dict[str, Any]) -> Any:
+            return super(ExGRPOTrainer, self)._generate_single_turn(
+                prompt_ids, images, multimodal_fields, *args, **kwargs
+            )
+
+        if self.use_vllm:
+            # A server generates for all processes, an engine for those that share it.
+            rank = self._processes.rank
+            first = 0 if self.vllm_mode == "server" else rank - rank % self.vllm_tensor_parallel_size
+            with (
+                self._processes.together("generating completions"),
+                fresh_rows_only(self.vllm_generation, self._plan.rows, first * len(prompt_ids)),
+            ):
+                completion_ids, logps, *rest = generate(prompt_ids, multimodal_fields)
+        else:
+            completion_ids, logps, *rest = generate_fresh(generate, prompt_ids, multimodal_fields, self._stored)
+        if logps is not None:
+            self._unscored = {row for row, of_row in enumerate(logps) if is_unscored(of_row)}
+        return *put_stored(completion_ids, logps, self._stored), *rest
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
@@ -232,6 +252,20 @@ class ExGRPOTrainer(GRPOTrainer):
         self.model.train()
         return candidates
 
+    def _leave_to_replay(self, output: dict[str, Any]) -> None:
+        """Keep TRL's correction for the distance between sampler and policy from stored completions."""
+        is_fresh = torch.ones(len(output["completion_ids"]), dtype=torch.bool, device=output["completion_ids"].device)
+        is_fresh[list(self._stored)] = False
+        metrics = sampling_metrics(
+            output,
+            is_fresh,
+            self.accelerator.gather,
+            by_sequence=self.vllm_importance_sampling_mode.startswith("sequence"),
+        )
+        for name, value in metrics.items():
+            self._metrics["train"][name][-1] = value
+        output["importance_sampling_ratio"] = output["importance_sampling_ratio"].where(is_fresh.unsqueeze(1), 1.0)
+
     def _observe(
         self, output: dict[str, Any], questions: dict[int, Question], first_row: int, policy_version: int
     ) -> None:
@@ -247,7 +281,11 @@ class ExGRPOTrainer(GRPOTrainer):
         has_loss = output["completion_mask"].any(-1).tolist()  # truncated ones may be masked
         batch = PendingBatch(
             questions,
-            {first_row + row: ids for row, ids in enumerate(token_ids) if has_loss[row] and row not in self._stored},
+            {
+                first_row + row: ids
+                for row, ids in enumerate(token_ids)
+                if has_loss[row] and row not in self._stored and row not in self._unscored
+            },
             rewards.reshape(-1, self.num_generations),
             success_threshold=self.args.success_threshold,
             policy_version=policy_version,
@@ -330,6 +368,10 @@ class ExGRPOTrainer(GRPOTrainer):
         # With its graph: the ratio of a replayed row is 1 and has no gradient of its own.
         old_logps = inputs.get("old_per_token_logps", per_token_logps.detach())
         inputs["old_per_token_logps"] = torch.where(is_replayed.unsqueeze(1), per_token_logps, old_logps)
+        if "sampling_per_token_logps" in inputs:  # nor is it off-policy to TRL, whatever sampled it
+            inputs["sampling_per_token_logps"] = torch.where(
+                is_replayed.unsqueeze(1), per_token_logps.detach(), inputs["sampling_per_token_logps"]
+            )
         shown = mask[is_replayed] if level == "token" else slice(None)
         self._coordinator.add_log_ratios(log_ratio.detach()[is_replayed][shown].flatten().cpu().numpy())
 

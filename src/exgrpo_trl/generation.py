@@ -1,0 +1,228 @@
+"""Fresh completions only: whatever generates is not asked for the rows that stored completions take."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from .experience import Experience
+
+# What TRL's trainer reads of a server's answer, one for each completion.
+_FIELDS = ("completion_ids", "logprobs")
+
+
+def generate_fresh(
+    generate: Callable[..., Any],
+    prompt_ids: Sequence[list[int]],
+    multimodal_fields: Mapping[str, Sequence[Any]],
+    stored_rows: Collection[int],
+) -> Any:
+    """
+    Generate with transformers, without the rows of stored completions.
+
+    Args:
+        generate (`Callable`):
+            Generates from prompt token ids and further fields of the same rows; returns completion token ids and more.
+        prompt_ids (`Sequence[list[int]]`):
+            Prompt token ids of the rows of this process.
+        multimodal_fields (`Mapping[str, Sequence[Any]]`):
+            Further fields by name, one value per row.
+        stored_rows (`Collection[int]`):
+            Rows of this process that are not generated.
+
+    Returns:
+        What `generate` returns, with an empty completion in each stored row.
+    """
+    # At least one, because the other processes may wait for this one to generate; it is dropped.
+    rows = [row for row in range(len(prompt_ids)) if row not in stored_rows] or [0]
+    fields = {name: [field[row] for row in rows] for name, field in multimodal_fields.items()}
+    completion_ids, *rest = generate([prompt_ids[row] for row in rows], fields)
+    fresh = dict(zip(rows, completion_ids, strict=True))
+    return [[] if row in stored_rows else fresh[row] for row in range(len(prompt_ids))], *rest
+
+
+@contextmanager
+def fresh_rows_only(vllm: Any, stored_rows: Collection[int], first_row: int) -> Iterator[None]:
+    """
+    Keep the rows of stored completions from vLLM while the block generates whole groups.
+
+    TRL cuts the answer of a server, and that of engines in tensor parallelism, into parts of equal length for the
+    processes, so that it must be asked for all rows. What reaches vLLM itself are the fresh rows; in the answer, a
+    stored row has an empty completion. A failure of vLLM is raised at the end of the block, when no process waits for
+    an answer any more.
+
+    Args:
+        vllm ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            What TRL generates with. Its server client or engine is wrapped within the block.
+        stored_rows (`Collection[int]`):
+            Rows of the whole batch that are not generated.
+        first_row (`int`):
+            First row of the batch that the engine of this process generates for: 0 with a server.
+    """
+    name = "vllm_client" if vllm.mode == "server" else "llm"
+    engine = getattr(vllm, name, None)
+    if engine is None:  # the main process alone talks to a server
+        yield
+        return
+    fresh = (_FreshFromServer if vllm.mode == "server" else _FreshFromEngine)(engine, stored_rows, first_row)
+    setattr(vllm, name, fresh)
+    try:
+        yield
+    except Exception:
+        if fresh.error is None:  # otherwise a consequence of that error
+            raise
+    finally:
+        setattr(vllm, name, engine)
+    if fresh.error is not None:
+        raise fresh.error
+
+
+class _Fresh:
+    """Stands before a client or an engine of vLLM."""
+
+    def __init__(self, engine: Any, stored_rows: Collection[int], first_row: int) -> None:
+        self._engine = engine
+        self._stored_rows = stored_rows
+        self._first_row = first_row
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def _fresh_rows(self, num_rows: int) -> list[int]:
+        return [row for row in range(num_rows) if self._first_row + row not in self._stored_rows]
+
+    def _ask(self, num_rows: int, generate: Callable[[], list[Any]]) -> list[Any]:
+        """Completions of the fresh rows, or `None` for each after a failure."""
+        try:
+            completions = generate()
+            if len(completions) != num_rows:
+                raise RuntimeError(f"vLLM was asked for {num_rows} completions and returned {len(completions)}.")
+            return completions
+        except Exception as error:
+            self.error = error
+            return [None] * num_rows
+
+
+class _FreshFromServer(_Fresh):
+    """Asks for each prompt as often as it has fresh rows, in one request."""
+
+    def generate(self, prompts: Sequence[Any], *, n: int, **kwargs: Any) -> dict[str, Any]:
+        rows = self._fresh_rows(len(prompts) * n)
+        num_fresh = Counter(row // n for row in rows)
+        if len(set(num_fresh.values())) == 1 and len(num_fresh) == len(prompts):
+            asked, num_each = prompts, num_fresh[0]
+        else:  # a request has one `n` for all of its prompts
+            asked, num_each = [prompts[row // n] for row in rows], 1
+
+        def generate() -> list[Any]:
+            if not rows:
+                return []
+            answer = self._engine.generate(prompts=asked, n=num_each, **kwargs)
+            return list(zip(*(answer[field] for field in _FIELDS), strict=True))
+
+        nothing: tuple[list[Any], ...] = tuple([] for _ in _FIELDS)
+        by_row = dict(zip(rows, self._ask(len(rows), generate), strict=True))
+        completions = [by_row.get(row) or nothing for row in range(len(prompts) * n)]
+        return {"prompt_ids": prompts} | dict(zip(_FIELDS, map(list, zip(*completions, strict=True)), strict=True))
+
+
+class _FreshFromEngine(_Fresh):
+    """Asks for the prompts of fresh rows."""
+
+    def generate(self, prompts: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        rows = self._fresh_rows(len(prompts))
+
+        def generate() -> list[Any]:
+            return self._engine.generate([prompts[row] for row in rows], *args, **kwargs) if rows else []
+
+        nothing = SimpleNamespace(prompt_token_ids=[], outputs=[SimpleNamespace(token_ids=[], logprobs=[])])
+        by_row = dict(zip(rows, self._ask(len(rows), generate), strict=True))
+        return [by_row.get(row) or nothing for row in range(len(prompts))]
+
+
+def put_stored(
+    completion_ids: Sequence[list[int]],
+    sampling_logps: Sequence[Sequence[float | None]] | None,
+    stored: Mapping[int, Experience],
+) -> tuple[list[list[int]], list[Sequence[float | None]] | None]:
+    """
+    Put stored completions into their rows.
+
+    Args:
+        completion_ids (`Sequence[list[int]]`):
+            Completion token ids by row.
+        sampling_logps (`Sequence[Sequence[float | None]]` or `None`):
+            Log-probabilities of what sampled them, by row; `None` where transformers generates.
+        stored (`Mapping[int, Experience]`):
+            Stored completions by row.
+
+    Returns:
+        `tuple`:
+            Token ids, and log-probabilities where there were any: of stored completions those of the policy that
+            generated them.
+    """
+    ids = [stored[row].token_ids.tolist() if row in stored else ids for row, ids in enumerate(completion_ids)]
+    if sampling_logps is None:
+        return ids, None
+    return ids, [
+        stored[row].behavior_per_token_logps.tolist() if row in stored else logps
+        for row, logps in enumerate(sampling_logps)
+    ]
+
+
+def is_unscored(sampling_logps: Sequence[float | None]) -> bool:
+    """Whether what sampled a completion has left out the log-probability of one of its tokens."""
+    return bool(np.isnan(np.array(sampling_logps, dtype=float)).any())
+
+
+def sampling_metrics(
+    output: Mapping[str, torch.Tensor],
+    is_fresh: torch.Tensor,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    by_sequence: bool,
+) -> dict[str, float]:
+    """
+    TRL's metrics of the distance between sampler and policy, of fresh rows alone. Called by all processes.
+
+    Args:
+        output (`Mapping[str, torch.Tensor]`):
+            Scored batch of this process: `completion_mask`, `old_per_token_logps` and `sampling_per_token_logps`, shape
+            `(B, T)`, and `importance_sampling_ratio`, `(B, T)` or, for sequences, `(B, 1)`.
+        is_fresh (`torch.Tensor`):
+            Which rows were generated, shape `(B,)`.
+        gather (`Callable`):
+            Gathers the rows of a tensor from all processes.
+        by_sequence (`bool`):
+            Whether the ratios are those of sequences.
+
+    Returns:
+        `dict[str, float]`:
+            By the name that TRL logs, means and extremes over the processes; 0 where nothing was generated.
+    """
+    mask = output["completion_mask"].bool() & is_fresh.unsqueeze(1)
+    differences = (output["old_per_token_logps"] - output["sampling_per_token_logps"]).abs()[mask]
+    differences = differences[~differences.isnan()]
+    ratios = output["importance_sampling_ratio"][is_fresh if by_sequence else mask].flatten()
+    nothing = mask.new_full((), torch.nan, dtype=torch.float32)
+    mine = [
+        differences.mean() if len(differences) else nothing,
+        differences.max() if len(differences) else nothing,
+        ratios.min() if len(ratios) else nothing,
+        ratios.mean() if len(ratios) else nothing,
+        ratios.max() if len(ratios) else nothing,
+    ]
+    difference_mean, difference_max, ratio_min, ratio_mean, ratio_max = gather(torch.stack(mine).float()[None]).T
+    known = {
+        "sampling/sampling_logp_difference/mean": difference_mean.nanmean(),
+        "sampling/sampling_logp_difference/max": difference_max.nan_to_num(-torch.inf).max(),
+        "sampling/importance_sampling_ratio/min": ratio_min.nan_to_num(torch.inf).min(),
+        "sampling/importance_sampling_ratio/mean": ratio_mean.nanmean(),
+        "sampling/importance_sampling_ratio/max": ratio_max.nan_to_num(-torch.inf).max(),
+    }
+    return {name: value.item() if value.isfinite() else 0.0 for name, value in known.items()}
