@@ -192,8 +192,8 @@ def sampling_metrics(
 
     Args:
         output (`Mapping[str, torch.Tensor]`):
-            Scored batch of this process: `completion_mask`, `old_per_token_logps` and `sampling_per_token_logps`, shape
-            `(B, T)`, and `importance_sampling_ratio`, `(B, T)` or, for sequences, `(B, 1)`.
+            Scored batch of this process: `completion_mask`, `old_per_token_logps` and `sampling_per_token_logps` of
+            shape `(B, T)`, `importance_sampling_ratio` of shape `(B, T)` or, for sequences, `(B, 1)`.
         is_fresh (`torch.Tensor`):
             Which rows were generated, shape `(B,)`.
         gather (`Callable`):
