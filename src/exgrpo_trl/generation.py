@@ -1,6 +1,5 @@
 """Fresh completions only: whatever generates is not asked for the rows that stored completions take."""
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -109,25 +108,21 @@ class _Fresh:
 
 
 class _FreshFromServer(_Fresh):
-    """Asks for each prompt as often as it has fresh rows, in one request."""
+    """Asks for the prompts of fresh rows, in one request."""
 
     def generate(self, prompts: Sequence[Any], *, n: int, **kwargs: Any) -> dict[str, Any]:
-        rows = self._fresh_rows(len(prompts) * n)
-        num_fresh = Counter(row // n for row in rows)
-        if len(set(num_fresh.values())) == 1 and len(num_fresh) == len(prompts):
-            asked, num_each = prompts, num_fresh[0]
-        else:  # a request has one `n` for all of its prompts
-            asked, num_each = [prompts[row // n] for row in rows], 1
+        num_rows = len(prompts) * n
+        rows = self._fresh_rows(num_rows)
+        # A request has one `n` for all of its prompts.
+        asked, num_each = (prompts, n) if len(rows) == num_rows else ([prompts[row // n] for row in rows], 1)
 
         def generate() -> list[Any]:
-            if not rows:
-                return []
             answer = self._engine.generate(prompts=asked, n=num_each, **kwargs)
             return list(zip(*(answer[field] for field in _FIELDS), strict=True))
 
         nothing: tuple[list[Any], ...] = tuple([] for _ in _FIELDS)
         by_row = dict(zip(rows, self._ask(len(rows), generate), strict=True))
-        completions = [by_row.get(row) or nothing for row in range(len(prompts) * n)]
+        completions = [by_row.get(row) or nothing for row in range(num_rows)]
         return {"prompt_ids": prompts} | dict(zip(_FIELDS, map(list, zip(*completions, strict=True)), strict=True))
 
 

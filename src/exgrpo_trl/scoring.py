@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch.distributed import fsdp
 
 from .experience import Candidate, Experience
 
@@ -84,3 +85,19 @@ def score_completions(
         Candidate(experience, entropy=entropy, negative_log_likelihood=-logp)
         for (_, experience), entropy, logp in zip(pairs, mean_entropy.tolist(), mean_logp.tolist(), strict=True)
     ]
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """
+    Give back what FSDP2 keeps whole after a forward without a backward: the parameters of the outermost module.
+
+    TRL reads the shards when it sends the weights to vLLM.
+
+    Args:
+        model ([`~torch.nn.Module`]):
+            Model, sharded or not.
+    """
+    sharded = getattr(fsdp, "FSDPModule", ())  # torch below 2.6 has none
+    for module in model.modules():
+        if isinstance(module, sharded):
+            module.reshard()

@@ -35,7 +35,7 @@ from .questions import ActiveQuestionSampler, DroppedQuestions, dataset_question
 from .replay import Replayer
 from .rollouts import PendingBatch, Plan, success_rewards
 from .sampling import CompletionSelector, QuestionSampler, get_completion_selector, make_question_sampler
-from .scoring import score_completions
+from .scoring import reshard, score_completions
 
 logger = logging.get_logger(__name__)
 
@@ -250,6 +250,7 @@ class ExGRPOTrainer(GRPOTrainer):
             pairs, forward, pad_token_id=self.processing_class.pad_token_id, device=self.accelerator.device
         )
         self.model.train()
+        reshard(self.model)
         return candidates
 
     def _leave_to_replay(self, output: dict[str, Any]) -> None:

@@ -35,6 +35,11 @@ class SameRollouts(ExGRPOTrainer):
         self.num_scored: list[tuple[int, int]] = []
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.is_fsdp_enabled:
+            from torch.distributed.tensor import DTensor
+
+            # TRL reads the shards to send weights to vLLM; a forward without backward leaves the outermost ones whole.
+            assert all(isinstance(parameter, DTensor) for parameter in self.model.parameters())
         completion_ids, *rest = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if not self.model.training:
             return completion_ids, *rest

@@ -1,0 +1,106 @@
+"""Server mode against a real vLLM server that counts what it is asked for."""
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` makes an environment that has it")
+
+from peft import get_peft_model
+from recorder import (
+    assert_fresh_rows_belong,
+    assert_replayed_rows_are_left_alone,
+    assert_stored_by_policy,
+    fresh_rows,
+    make_recorder,
+    replayed_rows,
+)
+from tiny import lora_config
+from transformers import AutoModelForCausalLM
+
+CASES = {
+    "plain": {},
+    "lora": {"use_lora": True},
+    "uncorrected": {"vllm_importance_sampling_correction": False},
+    "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+    "num_iterations": {"num_iterations": 2, "max_steps": 10},
+    "steps_per_generation_uncorrected": {
+        "per_device_train_batch_size": 8,
+        "steps_per_generation": 2,
+        "max_steps": 10,
+        "vllm_importance_sampling_correction": False,
+    },
+    "iterable_and_evaluation": {"eval_strategy": "steps", "eval_steps": 2, "iterable": True},
+}
+
+
+def train(server, folder, model_folder, **options):
+    """A trained recorder, and what the server counted meanwhile."""
+    if options.pop("use_lora", False):
+        options["model"] = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), lora_config())
+    trainer = make_recorder(folder, model_folder, vllm_mode="server", vllm_server_base_url=server.url, **options)
+    before = server.counts()
+    trainer.train()
+    after = server.counts()
+    return trainer, {name: after[name] - before[name] for name in after}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_generated_in_vain(server, model_folder, tmp_path, case):
+    options = dict(CASES[case])
+    if options.pop("iterable", False):
+        from tiny import tiny_dataset
+
+        options |= {"train_dataset": tiny_dataset().to_iterable_dataset(), "eval_dataset": tiny_dataset(4)}
+    trainer, counted = train(server, tmp_path, model_folder, **options)
+    batches, is_corrected = trainer.batches, trainer.vllm_importance_sampling_correction
+    assert len(batches) >= 5
+    assert len(replayed_rows(batches)) >= 2 * (len(batches) - 2), "replay works at its full share"
+
+    assert_fresh_rows_belong(batches)
+    assert_replayed_rows_are_left_alone(batches, is_corrected)
+    assert_stored_by_policy(trainer, batches)
+
+    # What the server itself has counted: one request a batch, and in it the fresh rows alone.
+    fresh = fresh_rows(batches)
+    if case != "iterable_and_evaluation":
+        assert counted["http"] == len(batches)
+        assert counted["sequences"] == len(fresh) == 16 * len(batches) - len(replayed_rows(batches))
+        assert counted["prompt_tokens"] == sum(len(row["prompt"]) for row in fresh)
+        assert counted["generated_tokens"] == sum(len(row["completion"]) for row in fresh)
+    else:
+        assert counted["sequences"] == len(fresh) + 3 * 16, "three evaluations of 4 questions with 4 completions"
+        assert sum("eval_reward" in line for line in trainer.state.log_history) == 3
+
+    # TRL's metrics speak of fresh rows: weights have really arrived, and no stored completion is among them.
+    steps = [line for line in trainer.state.log_history if "sampling/sampling_logp_difference/max" in line]
+    assert len(steps) == len(batches) * is_corrected
+    for line in steps:
+        assert line["sampling/sampling_logp_difference/max"] < 1e-5
+        for name in ("min", "mean", "max"):
+            assert line[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(1, abs=1e-4)
+    moved = max(
+        (row["behavior_per_token_logps"] - row["old_per_token_logps"]).abs().max().item()
+        for row in replayed_rows(batches)
+        if "old_per_token_logps" in row
+    ) if is_corrected else 1.0  # fmt: skip
+    assert moved > 0.05, "the policy never moved, so that stale weights would not have been noticed"
+
+
+def test_prompts_stay_together_where_one_number_fits_all(server, model_folder, tmp_path):
+    asked = server.client_class.asked
+    asked.clear()
+    trainer, _ = train(server, tmp_path, model_folder, max_steps=4)
+    num_replayed = [sum(row["is_replayed"] for row in batch["rows"]) for batch in trainer.batches]
+    assert num_replayed[0] == 0
+    # A request has one `n`: 4 prompts of 4 completions, or every fresh row by itself.
+    assert asked == [(4, 4) if count == 0 else (16 - count, 1) for count in num_replayed]
+
+
+def test_a_failing_server_ends_the_training(server, model_folder, tmp_path):
+    """One prompt is longer than the server allows."""
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({"prompt": ["a" * 200] * 8})
+    with pytest.raises(Exception, match="400"):
+        train(server, tmp_path, model_folder, train_dataset=dataset)
+    trainer, _ = train(server, tmp_path, model_folder, max_steps=2)
+    assert trainer.state.global_step == 2, "and leaves the server as it was"
