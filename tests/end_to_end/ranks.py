@@ -134,7 +134,8 @@ def whole_parameters(trainer: Any) -> dict[str, Any]:
     return parameters
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -178,7 +179,7 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.folder, port = Path(folder), _free_port()
+        self.folder, port = Path(folder), free_port()
         self.processes = [
             context.Process(target=_child, args=(rank, world, port, mode, str(folder), function, arguments))
             for rank in range(world)

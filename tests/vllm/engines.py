@@ -4,7 +4,6 @@ import functools
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import free_port
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -62,9 +62,7 @@ class Server:
     """
 
     def __init__(self, model: Any, log: Path) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port = listener.getsockname()[1]
+        self.port = free_port()
         self.url, self.log = f"http://127.0.0.1:{self.port}", log
         command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
@@ -183,6 +181,7 @@ def use_engines_on_cpu(shared: bool = True) -> None:
         shared: Make one engine for each model folder, because a start takes seconds.
     """
     os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("MASTER_PORT", str(free_port()))  # TRL would take the same one in every run of tests
     import trl.generation.vllm_generation as module
     import vllm.model_executor.layers.utils as layers
 

@@ -7,7 +7,9 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` makes an environment that has it")
 
 import torch
+import trl
 from engines import counted_engine, use_engines_on_cpu
+from packaging.version import Version
 from peft import get_peft_model
 from recorder import (
     Recorder,
@@ -21,6 +23,8 @@ from recorder import (
 from tiny import lora_config
 from transformers import AutoModelForCausalLM
 from watched import WatchedTrainer
+
+pytestmark = pytest.mark.xdist_group("colocate")
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +181,9 @@ def upside_down(completions, **kwargs):
     return [1 - reward for reward in lower_half(completions)]
 
 
+@pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.11"), reason=f"trl {trl.__version__} fails without a log-probability"
+)
 def test_a_completion_without_log_probabilities_is_not_stored(model_folder, tmp_path):
     trainer = make_recorder(tmp_path, model_folder, vllm_mode="colocate", max_steps=8)
     engine, unscored = trainer.vllm_generation.llm, set()

@@ -13,8 +13,10 @@ from recorder import (
     make_recorder,
     replayed_rows,
 )
-from tiny import lora_config
+from tiny import lora_config, tiny_dataset
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.xdist_group("server")
 
 CASES = {
     "plain": {},
@@ -28,7 +30,7 @@ CASES = {
         "max_steps": 10,
         "vllm_importance_sampling_correction": False,
     },
-    "iterable_and_evaluation": {"eval_strategy": "steps", "eval_steps": 2, "iterable": True},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": tiny_dataset(4)},
 }
 
 
@@ -45,12 +47,7 @@ def train(server, folder, model_folder, **options):
 
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_generated_in_vain(server, model_folder, tmp_path, case):
-    options = dict(CASES[case])
-    if options.pop("iterable", False):
-        from tiny import tiny_dataset
-
-        options |= {"train_dataset": tiny_dataset().to_iterable_dataset(), "eval_dataset": tiny_dataset(4)}
-    trainer, counted = train(server, tmp_path, model_folder, **options)
+    trainer, counted = train(server, tmp_path, model_folder, **CASES[case])
     batches, is_corrected = trainer.batches, trainer.vllm_importance_sampling_correction
     assert len(batches) >= 5
     assert len(replayed_rows(batches)) >= 2 * (len(batches) - 2), "replay works at its full share"
@@ -61,7 +58,7 @@ def test_nothing_is_generated_in_vain(server, model_folder, tmp_path, case):
 
     # What the server itself has counted: one request a batch, and in it the fresh rows alone.
     fresh = fresh_rows(batches)
-    if case != "iterable_and_evaluation":
+    if case != "evaluation":
         assert counted["http"] == len(batches)
         assert counted["sequences"] == len(fresh) == 16 * len(batches) - len(replayed_rows(batches))
         assert counted["prompt_tokens"] == sum(len(row["prompt"]) for row in fresh)
