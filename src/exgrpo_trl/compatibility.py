@@ -177,7 +177,7 @@ def check_vllm(vllm: Any, is_main: bool) -> None:
     has_part = hasattr(getattr(vllm, part, None), "generate") or (part == "vllm_client" and not is_main)
     if not has_part:
         raise RuntimeError(
-            f"exgrpo-trl relies on {part}.generate() of {type(vllm).__name__}, which trl {trl.__version__} "
+            f"exgrpo-trl relies on {part} of {type(vllm).__name__}, which trl {trl.__version__} "
             "does not have. Upgrade exgrpo-trl, or install a TRL release that it supports (see its README)."
         )
 

@@ -1,5 +1,7 @@
 """What cannot work is refused with a message that names the value and the way out, as early as possible."""
 
+from types import SimpleNamespace
+
 import pytest
 import trl
 from datasets import Dataset
@@ -8,7 +10,7 @@ from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer, Experience, ExperienceBuffer, Question
-from exgrpo_trl.compatibility import check_hooks, check_processing_class
+from exgrpo_trl.compatibility import check_hooks, check_processing_class, check_vllm
 from exgrpo_trl.experience import question_id_of
 
 NAN, INF = float("nan"), float("inf")
@@ -78,9 +80,28 @@ def test_multi_turn_generation_is_refused(tmp_path, option, value):
         make_trainer(tmp_path, **{option: value})
 
 
-def test_vllm_is_refused(tmp_path):
-    with pytest.raises(NotImplementedError, match=r"use_vllm=True.*replay_fraction=0"):
-        make_trainer(tmp_path, use_vllm=True)
+@pytest.mark.parametrize("option", ["seed", "n", "best_of"])
+def test_generation_options_that_vllm_takes_for_whole_groups(tmp_path, option):
+    with pytest.raises(ValueError, match=rf"generation_kwargs has {option}, .*replay_fraction=0"):
+        make_trainer(tmp_path, use_vllm=True, generation_kwargs={option: 2, "top_a": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("vllm", "is_main", "missing"),
+    [
+        (SimpleNamespace(mode="server", vllm_client=SimpleNamespace(generate=print)), True, None),
+        (SimpleNamespace(mode="server"), False, None),
+        (SimpleNamespace(mode="server"), True, "vllm_client"),
+        (SimpleNamespace(mode="colocate", llm=SimpleNamespace()), False, "llm"),
+        (SimpleNamespace(mode="telepathy"), True, "mode"),
+    ],
+)
+def test_vllm_of_a_trl_that_is_not_known(vllm, is_main, missing):
+    if missing is None:
+        check_vllm(vllm, is_main)
+        return
+    with pytest.raises(RuntimeError, match=rf"relies on {missing}.* of SimpleNamespace.*trl \d"):
+        check_vllm(vllm, is_main)
 
 
 def test_images_are_refused(tmp_path):
