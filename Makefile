@@ -41,7 +41,7 @@ test-vllm: $(VENV_VLLM)/.dev  ## Run the tests against a real vLLM, on the newes
 	else echo "SKIPPED: the tests against vLLM. $(VLLM) cannot be installed or imported on this machine:"; \
 		tail -n 5 $(VENV_VLLM)/install.log $(VENV_VLLM)/import.log; fi
 
-environments: $(VENV)/.dev $(VENV)/.example $(VENV_OLDEST)/.dev $(VENV_VLLM)/.dev  ## Create all environments of the tests
+environments: $(VENV)/.dev $(VENV_OLDEST)/.dev $(VENV_VLLM)/.dev  ## Create all environments of the tests
 
 precommit: $(VENV)/.dev  ## Check formatting, lint and types
 	$(VENV)/bin/ruff format --check .
@@ -79,12 +79,12 @@ $(VENV_OLDEST)/.dev: pyproject.toml constraints.txt
 	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test]" $(OLDEST_TRL) transformers==4.56.2
 	touch $@
 
-$(VENV_VLLM)/.dev: pyproject.toml constraints.txt
+$(VENV_VLLM)/.dev: pyproject.toml constraints.txt examples/requirements.txt
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) $(TORCH)
 	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) -c constraints.txt $(VLLM) > $(VENV_VLLM)/install.log 2>&1 \
 		|| cat $(VENV_VLLM)/install.log
 	$(VENV_VLLM)/bin/pip uninstall $(PIP_OPTIONS) --yes torchvision torchaudio torchcodec
-	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test]"
+	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test,math]" -r examples/requirements.txt
 	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) --no-deps --upgrade --target $(VENV_VLLM)/oldest $(OLDEST_TRL)
 	touch $@

@@ -100,10 +100,15 @@ def test_a_failure_is_raised_when_nobody_waits_any_more():
     client = SimpleNamespace(generate=fail)
     vllm = SimpleNamespace(mode="server", vllm_client=client)
     reached = []
-    with pytest.raises(ConnectionError, match="the server is gone"), fresh_rows_only(vllm, {1}, 0):
-        answer = vllm.vllm_client.generate(prompts=[[1], [2]], n=2)
-        reached.append(answer["completion_ids"])  # TRL sends it to the other processes, which wait for it
-        raise IndexError("a consequence of the empty answer")
+
+    def generate():
+        with fresh_rows_only(vllm, {1}, 0):
+            answer = vllm.vllm_client.generate(prompts=[[1], [2]], n=2)
+            reached.append(answer["completion_ids"])  # TRL sends it to the other processes, which wait for it
+            raise IndexError("a consequence of the empty answer")
+
+    with pytest.raises(ConnectionError, match="the server is gone"):
+        generate()
     assert reached == [[[], [], [], []]]
     assert vllm.vllm_client is client
 
