@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from ranks import MODES, Ranks
-from tiny import first_letter_reward, make_trainer, tiny_dataset
+from tiny import first_letter_reward, make_trainer, tiny_arguments, tiny_dataset, tiny_model
 
-from exgrpo_trl import ExperienceBuffer
+from exgrpo_trl import ExGRPOConfig, ExperienceBuffer
 
 # Far below the timeout of a collective, which is half an hour.
 SECONDS = 60
@@ -62,6 +63,12 @@ def fail(mode, mode_options, output_dir, case):
         options["completion_selector"] = broken_selector
     elif case == "split_batches":
         options["accelerator_config"] = {"split_batches": True}
+        model = tiny_model()
+        # Every process refuses it at once; without this, one may be gone before the other has found it.
+        ExGRPOConfig(**tiny_arguments(output_dir, **options))
+        options["model"] = model
+        PartialState().wait_for_everyone()
+        time.sleep(1)
     elif case == "resume":
         resume = str(Path(output_dir) / "checkpoint-2")
     trainer = make_trainer(output_dir, **options)

@@ -10,6 +10,7 @@ import torch
 import trl
 from engines import counted_engine, use_engines_on_cpu, use_file_transport
 from packaging.version import Version
+from peft import get_peft_model
 from ranks import Ranks, assert_engaged, run_ranks
 from recorder import (
     Recorder,
@@ -20,6 +21,8 @@ from recorder import (
     make_recorder,
     replayed_rows,
 )
+from tiny import lora_config
+from transformers import AutoModelForCausalLM
 
 
 def train_and_save(mode, mode_options, folder, model_folder, options):
@@ -30,6 +33,9 @@ def train_and_save(mode, mode_options, folder, model_folder, options):
         from datasets import Dataset
 
         options["train_dataset"] = Dataset.from_dict({"prompt": ["a" * 200] * 8})
+    if options.pop("lora", False):
+        torch.manual_seed(0)  # the weights of LoRA
+        options["model"] = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), lora_config())
     options |= mode_options
     options["trainer_class"] = Recorder if mode == "ddp" else RowRecorder
     trainer = make_recorder(Path(folder) / "out", model_folder, **options)
@@ -110,6 +116,7 @@ SERVED = {
     "ddp": ("ddp", {"per_device_train_batch_size": 8}),
     "a_group_on_both_processes": ("ddp", {"per_device_train_batch_size": 6, "replay_fraction": 0.7}),
     "groups_larger_than_a_process": ("ddp", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
+    "lora": ("ddp", {"per_device_train_batch_size": 8, "lora": True}),
     "fsdp2": ("fsdp2", {"per_device_train_batch_size": 8}),
     "zero3": ("zero3", {"per_device_train_batch_size": 8}),
 }
@@ -146,6 +153,7 @@ def test_a_failing_server_ends_both_processes(server, model_folder, tmp_path):
 COLOCATED = {
     "an_engine_each": {"per_device_train_batch_size": 8},
     "tensor_parallel": {"per_device_train_batch_size": 8, "vllm_tensor_parallel_size": 2},
+    "tensor_parallel_lora": {"per_device_train_batch_size": 8, "vllm_tensor_parallel_size": 2, "lora": True},
     "tensor_parallel_a_group_on_both": {
         "per_device_train_batch_size": 6,
         "vllm_tensor_parallel_size": 2,
