@@ -32,7 +32,8 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer
+from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer, ExperienceBuffer
+from exgrpo_trl.rollouts import Plan, Records
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "learning"
@@ -63,6 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "clipped": {"replay_weighting": "clipped"},
     # Nothing fits into floor(0.01 * 32) = 0 questions, but solved questions are retired all the same.
     "grpo-retirement": {"replay_fraction": 0.01},
+    "questions-only": {},
     "balanced-random-completion": {"replay_weighting": "balanced", "completion_selection": "random"},
     "balanced-uniform-questions": {"replay_weighting": "balanced", "question_sampling": "random"},
     "balanced-rho-0.25": {"replay_weighting": "balanced", "replay_fraction": 0.25},
@@ -72,6 +74,26 @@ LEARNING_RATES = (1e-4, 3e-4, 6e-4, 1e-3)
 TUNING_SEEDS = (100, 101)
 STEPS, EVERY = 300, 25
 NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 4000, 256, 8
+
+
+class QuestionsOnly(ExGRPOTrainer):
+    """Draws questions as ever, but generates all of their completions: what the choice of questions alone brings."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        plan = self._coordinator.plan
+
+        def plan_questions(*args: Any) -> Plan:
+            return Plan(share=Records(plan(*args).share.questions))
+
+        self._coordinator.plan = plan_questions
+
+
+class KeepingBuffer(ExperienceBuffer):
+    """Keeps what was drawn, whatever a fresh completion in its place has earned."""
+
+    def evict(self, *args: Any) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -153,13 +175,18 @@ def train(run: Run) -> dict[str, Any]:
         }
         if not is_grpo:
             options |= {"replay_start_pass_rate": None} | METHODS[run.method]
-        trainer: Any = (GRPOTrainer if is_grpo else ExGRPOTrainer)(
+        trainer_class: Any = GRPOTrainer if is_grpo else ExGRPOTrainer
+        more: dict[str, Any] = {}
+        if run.method == "questions-only":
+            trainer_class, more["experience_buffer"] = QuestionsOnly, KeepingBuffer(group_size=8, seed=run.seed)
+        trainer = trainer_class(
             model=LlamaForCausalLM.from_pretrained(folder),
             reward_funcs=final_result_reward,
             args=(GRPOConfig if is_grpo else ExGRPOConfig)(**options),
             train_dataset=train_questions,
             processing_class=tokenizer(),
             callbacks=[curve],
+            **more,
         )
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":
@@ -234,7 +261,9 @@ def compared_runs() -> list[Run]:
 
 def ablated_runs() -> list[Run]:
     """Three seeds of everything else on the bimodal task, with the learning rate of the balanced weighting or GRPO."""
-    return [
+    # For a comparison at equal wall-clock: read where it has taken as long as the others.
+    longer = [Run("bimodal", "grpo", best_learning_rate("bimodal", "grpo"), seed, steps=450) for seed in range(3)]
+    return longer + [
         Run(
             "bimodal", method, best_learning_rate("bimodal", "grpo" if method.startswith("grpo") else "balanced"), seed
         )

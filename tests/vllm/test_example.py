@@ -50,16 +50,20 @@ def test_example(mode, model_folder, tmp_path, request):
     if mode == "server":
         options["vllm_server_base_url"] = request.getfixturevalue("server").url
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    # Without what the trainers and engines of this process have left for processes of their own.
+    left = ("RANK", "WORLD", "LOCAL_", "MASTER_", "ACCELERATE_", "VLLM_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(left)}
+    environment |= {"PYTHONPATH": f"{HERE}:{HERE.parent / 'end_to_end'}", "TERM": "dumb", "COLUMNS": "100"}
     result = subprocess.run(
         [sys.executable, str(HERE / "run_on_cpu.py"), mode, str(EXAMPLE), *flags],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parent / 'end_to_end'}", "TERM": "dumb", "COLUMNS": "100"},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=280,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert re.search(r"Questions replayed +│ 2 ", result.stdout), result.stdout
-    assert re.search(r"Tokens not generated +│ [1-8] ", result.stdout), result.stdout
+    assert re.search(r"Questions replayed +│ 1 ", result.stdout), result.stdout
+    assert re.search(r"Tokens not generated +│ [1-4] ", result.stdout), result.stdout
     assert (tmp_path / "out" / "model.safetensors").exists()
