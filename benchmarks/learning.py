@@ -143,11 +143,17 @@ class Curve(TrainerCallback):
         self.seconds_elsewhere += time.perf_counter() - before
 
 
+def warm_up_folder(skew_and_seed: tuple[float, int]) -> Path:
+    """Where the warmed-up model is; makes it unless it is there."""
+    torch.set_num_threads(1)
+    skew, seed = skew_and_seed
+    return warm_up(Task(skew), seed, WARM_UPS / f"hidden-operations-{skew}-{seed}")
+
+
 def train(run: Run) -> dict[str, Any]:
     """Make a run; returns what its file holds."""
     skew, hopeless = SETTINGS[run.setting]
-    task = Task(skew)
-    folder = warm_up(task, run.warm_up, WARM_UPS / f"hidden-operations-{skew}-{run.warm_up}")
+    task, folder = Task(skew), warm_up_folder((skew, run.warm_up))
     train_questions, held_out = task.questions(NUM_TRAIN, NUM_HELD_OUT, hopeless, run.seed)
     curve = Curve(held_out)
     is_grpo = run.method == "grpo"
@@ -284,6 +290,7 @@ def main() -> None:
     runs = STAGES[arguments.stage]()
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+        pool.map(warm_up_folder, sorted({(SETTINGS[run.setting][0], run.warm_up) for run in runs}), chunksize=1)
         for number, line in enumerate(pool.imap_unordered(finish, runs), 1):
             print(f"[{number}/{len(runs)}, {time.perf_counter() - start:.0f} s] {line}", flush=True)
 

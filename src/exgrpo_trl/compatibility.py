@@ -13,6 +13,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .config import ExGRPOConfig
+from .generation import ENGINES
 
 logger = logging.get_logger(__name__)
 
@@ -89,7 +90,7 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
         raise ValueError(
             f"generation_kwargs has {', '.join(unsuitable)}, but with replay vLLM is asked for single completions: a "
             "number of its own would not fit, and one seed would make the completions of a question all the same. "
-            "Remove it, or set replay_fraction=0 to train with plain GRPO."
+            f"{way_out}"
         )
     if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
         raise NotImplementedError(
@@ -172,8 +173,7 @@ def check_vllm(vllm: Any, is_main: bool) -> None:
         `RuntimeError`:
             When a part is missing; names it and the TRL version.
     """
-    parts = {"server": "vllm_client", "colocate": "llm"}
-    part = parts.get(getattr(vllm, "mode", ""), "mode")
+    part = ENGINES.get(getattr(vllm, "mode", ""), "mode")
     has_part = hasattr(getattr(vllm, part, None), "generate") or (part == "vllm_client" and not is_main)
     if not has_part:
         raise RuntimeError(

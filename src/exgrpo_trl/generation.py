@@ -10,6 +10,8 @@ import torch
 
 from .experience import Experience
 
+# What TRL generates with, an attribute of its `VLLMGeneration` by mode.
+ENGINES = {"server": "vllm_client", "colocate": "llm"}
 # What TRL's trainer reads of a server's answer, one for each completion.
 _FIELDS = ("completion_ids", "logprobs")
 
@@ -62,7 +64,7 @@ def fresh_rows_only(vllm: Any, stored_rows: Collection[int], first_row: int) -> 
         first_row (`int`):
             First row of the batch that the engine of this process generates for: 0 with a server.
     """
-    name = "vllm_client" if vllm.mode == "server" else "llm"
+    name = ENGINES[vllm.mode]
     engine = getattr(vllm, name, None)
     if engine is None:  # the main process alone talks to a server
         yield

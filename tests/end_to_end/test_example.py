@@ -6,12 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from example_runs import EXAMPLE, TINY, flags, write_questions
 from tiny import tiny_model, tiny_tokenizer
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "train_math.py"
 MISSING = [name for name in ("matplotlib", "math_verify") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the example needs {MISSING}: `make test` installs them")
 
@@ -33,36 +32,17 @@ def run(*arguments, cwd):
 def model_and_data(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"problem": f"what is {i} + {i}?", "answer": str(2 * i)} for i in range(24)]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path / "model", tmp_path / "questions.jsonl"
+    return tmp_path / "model", write_questions(tmp_path)
 
 
-TINY = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "max_steps": 2,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 8,
-    "num_generations": 4,
-    "max_completion_length": 4,
-    "num_held_out": 8,
-    "logging_steps": 1,
-    "report_to": "none",
-    "output_dir": "out",
-}
-
-
-def flags(options):
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+OPTIONS = TINY | {"use_cpu": True, "max_steps": 2}
 
 
 def test_own_model_and_dataset_with_lora(tmp_path, model_and_data):
     model, data = model_and_data
     result = run(
         "--model_name_or_path", model, "--dataset_name", data, "--use_peft", "--lora_target_modules", "all-linear",
-        *flags(TINY), cwd=tmp_path,
+        *flags(OPTIONS), cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert re.search(r"Held-out pass rate before +│ 0\.\d{3}", result.stdout)
@@ -75,7 +55,7 @@ def test_own_model_and_dataset_with_lora(tmp_path, model_and_data):
 
 def test_yaml_and_flags(tmp_path, model_and_data):
     model, data = model_and_data
-    lines = [f"{name}: {json.dumps(value)}" for name, value in TINY.items()]
+    lines = [f"{name}: {json.dumps(value)}" for name, value in OPTIONS.items()]
     lines += [f"model_name_or_path: {model}", f"dataset_name: {data}", "replay_start_pass_rate: null"]
     (tmp_path / "run.yaml").write_text("\n".join(lines))
     result = run("--config", tmp_path / "run.yaml", "--max_steps", 1, "--output_dir", "other", cwd=tmp_path)
@@ -88,7 +68,7 @@ def test_yaml_and_flags(tmp_path, model_and_data):
 def test_wrong_columns_are_named(tmp_path, model_and_data):
     model, data = model_and_data
     data.write_text(json.dumps({"text": "a", "label": 1}))
-    result = run("--model_name_or_path", model, "--dataset_name", data, *flags(TINY), cwd=tmp_path)
+    result = run("--model_name_or_path", model, "--dataset_name", data, *flags(OPTIONS), cwd=tmp_path)
     assert result.returncode == 1
     assert "['text', 'label']" in result.stderr
     assert "problem" in result.stderr

@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from example_runs import EXAMPLE, REPLAYING, flags, write_questions
+from ranks import free_port
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -31,34 +32,13 @@ def test_the_example_runs_under(tmp_path, config):
     mode, world, more = CASES[config]
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"problem": f"what is {i} + {i}?", "answer": str(2 * i)} for i in range(24)]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = {
         "model_name_or_path": tmp_path / "model",
-        "dataset_name": tmp_path / "questions.jsonl",
+        "dataset_name": write_questions(tmp_path),
         "dtype": "float32",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "max_steps": 3,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 4,
-        "num_held_out": 8,
-        # A random model solves nothing: count everything as a success, so that there is something to replay.
-        "success_threshold": 0.0,
-        "retire_solved": False,
-        "replay_start_pass_rate": 0.0,
-        "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": 3,
-        "report_to": "none",
-        "output_dir": "out",
-    } | more
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    }
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parent),
         "ACCELERATE_TORCH_DEVICE": "cpu",
@@ -71,10 +51,10 @@ def test_the_example_runs_under(tmp_path, config):
         [
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", str(ROOT / "examples" / "configs" / f"{config}.yaml")),
-            *("--num_processes", str(world), "--mixed_precision", "no", "--main_process_port", str(port)),
+            *("--num_processes", str(world), "--mixed_precision", "no", "--main_process_port", str(free_port())),
             str(Path(__file__).parent / "launch_on_cpu.py"),
-            *(mode, str(tmp_path), str(ROOT / "examples" / "train_math.py")),
-            *flags,
+            *(mode, str(tmp_path), str(EXAMPLE)),
+            *flags(REPLAYING | options | more),
         ],
         cwd=tmp_path,
         env=environment,

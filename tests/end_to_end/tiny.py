@@ -32,25 +32,30 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE, extra: str = "") -
     )
 
 
+def save_tiny_model(folder: Any, seed: int = 0, **changes: Any) -> None:
+    """Save a random two-layer model for `tiny_tokenizer`; `changes` are fields of its config."""
+    torch.manual_seed(seed)
+    config: dict[str, Any] = {
+        "vocab_size": len(tiny_tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,  # far from uniform, so that log-probabilities and entropies differ
+    }
+    LlamaForCausalLM(LlamaConfig(**config | changes)).save_pretrained(folder)
+
+
 @functools.cache
 def _tiny_model_folder(seed: int) -> tempfile.TemporaryDirectory[str]:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer()),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        tie_word_embeddings=False,
-        initializer_range=0.2,  # far from uniform, so that log-probabilities and entropies differ
-    )
     folder = tempfile.TemporaryDirectory()
-    LlamaForCausalLM(config).save_pretrained(folder.name)
+    save_tiny_model(folder.name, seed)
     return folder
 
 

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 from ranks import free_port
-from tiny import tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import save_tiny_model, tiny_tokenizer
 
 # Without these, vLLM looks for a network address, pins its threads and reserves gigabytes.
 ENVIRONMENT = {
@@ -31,24 +30,9 @@ ENVIRONMENT = {
 MAX_LENGTH = 128
 
 
-def save_vllm_model(folder: Any, seed: int = 0) -> None:
-    """Save a random two-layer model and its tokenizer; heads of 32, the least that vLLM computes on a CPU."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer()),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        tie_word_embeddings=False,
-        initializer_range=0.15,  # far from uniform, so that a completion fits its own prompt alone
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+def save_vllm_model(folder: Any) -> None:
+    """Save a tiny model and its tokenizer; heads of 32, the least that vLLM computes on a CPU."""
+    save_tiny_model(folder, hidden_size=64, initializer_range=0.15)
     tiny_tokenizer().save_pretrained(folder)
 
 
