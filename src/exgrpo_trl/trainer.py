@@ -379,13 +379,15 @@ class ExGRPOTrainer(GRPOTrainer):
     def _record(self, rows: torch.Tensor, mask: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor) -> None:
         """Record what the policy that generated them says of the rows to be stored."""
         numbers = rows.tolist()
-        for position in self._coordinator.wanted_rows(numbers):
-            own = mask[position]
-            self._coordinator.record(
-                numbers[position],
-                logps[position][own].detach().float().cpu().numpy(),
-                entropies[position][own].float().mean().item(),
-            )
+        positions = self._coordinator.wanted_rows(numbers)
+        if not positions:
+            return
+        # All of them at once: every transfer waits for the device.
+        is_own = mask[positions]
+        means = torch.where(is_own, entropies[positions].detach().float(), 0.0).sum(-1) / is_own.sum(-1)
+        of_rows = zip(positions, logps[positions].detach().float().cpu().numpy(), is_own.cpu().numpy(), strict=True)
+        for (position, row_logps, own), entropy in zip(of_rows, means.tolist(), strict=True):
+            self._coordinator.record(numbers[position], row_logps[own], entropy)
 
     # Dataset
 

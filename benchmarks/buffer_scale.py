@@ -1,0 +1,230 @@
+"""
+How the buffer scales: insertion, draws, eviction, saving, loading and memory from 10^4 to 10^6 stored completions.
+
+    python -m benchmarks.buffer_scale --output benchmarks/results/buffer_scale.json
+    python -m benchmarks.buffer_scale --short
+
+Beside it, what a straightforward implementation of the paper's description costs (lists in a dictionary, filtered when
+something is asked of them), and torchrl's replay buffer where it can do the job. Every measurement has a process of
+its own. Completions have 250 to 750 tokens; 10^6 of them take 4 GB of memory, and 6 GB with torchrl's padding.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its profile.py would hide Python's
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from benchmarks.buffers import BUFFERS, groups, remove, size_on_disk
+from benchmarks.report import Target, machine, show, with_spread, write
+
+OURS = "exgrpo-trl"
+SIZES = (10**4, 10**5, 10**6)
+PER_QUESTION = 4  # the paper's buffer held 202,011 completions of at most 45,000 questions
+DRAWN = 64
+# Buffer, completions, completions of a question.
+FULL = [(name, size, PER_QUESTION) for size in SIZES for name in BUFFERS] + [(OURS, 10**6, 1)]
+SHORT = [(name, size, PER_QUESTION) for size in SIZES for name in BUFFERS if name == OURS or size < 10**6]
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def resident() -> int:
+    """Bytes of memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def measure(name: str, size: int, per_question: int, folder: str) -> dict[str, Any]:
+    """Everything about one buffer of one size. Call it in a process of its own."""
+    num_questions = size // per_question
+    more = 40 * (100 // per_question)  # questions that come when the buffer is as large as it should be
+    buffer = BUFFERS[name](size + 2 * more * per_question)
+    buffer.insert(next(iter(groups(per_question, per_question, num_questions + 2 * more))))  # imports, allocations
+    before, num_tokens, filling = resident(), 0, 0.0
+    for start in range(0, num_questions, 250):
+        chunk = list(groups(min(250, num_questions - start) * per_question, per_question, start))
+        num_tokens += sum(len(tokens) for group in chunk for tokens in group.tokens)
+        begin = time.perf_counter()
+        for group in chunk:
+            buffer.insert(group)
+        filling += time.perf_counter() - begin
+        del chunk
+    memory = resident() - before
+
+    fresh = list(groups(2 * more * per_question, per_question, num_questions))
+    inserts = []
+    for start in range(0, more, more // 40):
+        chunk = fresh[start : start + more // 40]
+        inserts.append(seconds(lambda chunk=chunk: [buffer.insert(group) for group in chunk]))  # type: ignore[misc]
+    draws: list[float] = []
+    begin = time.perf_counter()
+    for group in fresh[more : 2 * more]:
+        buffer.insert(group)  # as in training, where a draw never finds the buffer as the last one left it
+        draws.append(seconds(lambda: buffer.draw(DRAWN)))
+        if len(draws) >= 200 or (len(draws) >= 10 and time.perf_counter() - begin > 10):
+            break
+
+    path = Path(folder, "buffer")
+    saving = seconds(lambda: buffer.save(path))
+    loading = seconds(lambda: buffer.load(path))
+    result: dict[str, Any] = {
+        "buffer": name,
+        "completions": size,
+        "completions_per_question": per_question,
+        "tokens": num_tokens,
+        "fill_microseconds": 1e6 * filling / size,
+        "insert_microseconds": [1e6 * s / (more // 40 * per_question) for s in inserts],
+        "draw_milliseconds": [1e3 * s for s in draws],
+        "bytes_per_completion": memory / size,
+        "overhead_bytes_per_completion": (memory - 8 * num_tokens) / size,
+        "save_seconds": saving,
+        "load_seconds": loading,
+        "bytes_on_disk": size_on_disk(path),
+    }
+    if name == OURS:
+        result |= file_speed(path)
+    remove(path)
+    versions = num_questions // 128
+    try:
+        begin = time.perf_counter()
+        evicted = buffer.evict_older_than(max(versions // 100, 1))
+        result["evict_microseconds"] = 1e6 * (time.perf_counter() - begin) / evicted
+    except NotImplementedError:
+        result["evict_microseconds"] = None
+    return result
+
+
+def file_speed(path: Path) -> dict[str, float]:
+    """Seconds that pyarrow alone takes for the same completions in the same format, and the disk for the bytes."""
+    file, other = path / "completions.parquet", path.with_suffix(".other")
+    reading = time.perf_counter()
+    table = pq.read_table(file, use_threads=False)
+    reading = time.perf_counter() - reading
+    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
+    encoding = {"behavior_per_token_logps.list.element": "BYTE_STREAM_SPLIT"}
+    writing = seconds(lambda: pq.write_table(table, other, column_encoding=encoding, row_group_size=4096, **options))
+    content = file.read_bytes()
+
+    def write_bytes() -> None:
+        with open(other, "wb") as raw:
+            raw.write(content)
+            os.fsync(raw.fileno())
+
+    disk = seconds(write_bytes)
+    other.unlink()
+    return {"parquet_write_seconds": writing, "parquet_read_seconds": reading, "disk_write_seconds": disk}
+
+
+def in_a_process(task: tuple[str, int, int]) -> dict[str, Any]:
+    """Measure in a fresh process, and print a line."""
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
+        result = pool.apply(measure, (*task, folder))
+    print(
+        f"{task}: insert {np.mean(result['insert_microseconds']):.1f} us, draw "
+        f"{np.mean(result['draw_milliseconds']):.2f} ms, save {result['save_seconds']:.1f} s, load "
+        f"{result['load_seconds']:.1f} s, {result['overhead_bytes_per_completion']:.0f} bytes besides tokens",
+        flush=True,
+    )
+    return result
+
+
+def pooled(results: list[dict[str, Any]], name: str) -> np.ndarray:
+    """One number of each repetition; the mean where a repetition has several."""
+    return np.array([np.mean(result[name]) for result in results], dtype=float)
+
+
+def targets_of(of_ours: dict[tuple[int, int], list[dict[str, Any]]]) -> list[Target]:
+    """What was aimed at, at the largest size."""
+    largest = of_ours[max(SIZES), PER_QUESTION]
+    insert, draw = pooled(largest, "insert_microseconds"), pooled(largest, "draw_milliseconds")
+    flat = draw.mean() / pooled(of_ours[min(SIZES), PER_QUESTION], "draw_milliseconds").mean()
+    targets = [
+        Target("insert at 10^6 completions", "at most 20 µs", f"{with_spread(insert, 1)} µs", insert.mean() <= 20),
+        Target("draw of 64 questions at 10^6", "at most 1 ms", f"{with_spread(draw)} ms", draw.mean() <= 1),
+        Target("draw at 10^6 over draw at 10^4", "flat: at most 2", f"{flat:.2f}", flat <= 2),
+    ]
+    for (size, per_question), results in of_ours.items():
+        if size != max(SIZES):
+            continue
+        allowed = np.array([0.5 * r["tokens"] / r["completions"] + 200 for r in results])
+        overhead = pooled(results, "overhead_bytes_per_completion")
+        targets.append(
+            Target(
+                f"memory besides 8 bytes per token, 10^6 completions, {per_question} of each question",
+                f"at most {allowed.mean():.0f} bytes each (0.5 per token and 200)",
+                f"{with_spread(overhead, 0)} bytes", bool((overhead <= allowed).all()),
+            )
+        )  # fmt: skip
+    for what in ("save", "load"):
+        alone = pooled(largest, f"parquet_{'write' if what == 'save' else 'read'}_seconds")
+        ratio = pooled(largest, f"{what}_seconds") / alone
+        targets.append(
+            Target(
+                f"{what} of 10^6 completions",
+                "at the speed of Parquet: at most 2 times pyarrow alone",
+                f"{with_spread(pooled(largest, f'{what}_seconds'), 1)} s, {with_spread(ratio)} times",
+                bool(ratio.mean() <= 2),
+            )
+        )
+    return targets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="once, and the others up to 10^5 only")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/buffer_scale.json"))
+    arguments = parser.parse_args()
+    tasks = SHORT if arguments.short else FULL
+    repetitions = 1 if arguments.short else arguments.repetitions
+    results = [in_a_process(task) for _ in range(repetitions) for task in tasks]
+
+    by_task = {task: [r for r in results if (r["buffer"], r["completions"], r["completions_per_question"]) == task]
+               for task in tasks}  # fmt: skip
+    show(
+        f"{DRAWN} questions drawn, completions of 250 to 750 tokens",
+        ["buffer", "completions", "of a question", "insert, µs", "draw, ms", "evict, µs", "save, s", "load, s",
+         "bytes each", "besides tokens"],
+        [
+            [
+                name, f"{size:,}", str(per_question),
+                with_spread(pooled(runs, "insert_microseconds"), 1), with_spread(pooled(runs, "draw_milliseconds"), 3),
+                "-" if runs[0]["evict_microseconds"] is None else with_spread(pooled(runs, "evict_microseconds"), 1),
+                with_spread(pooled(runs, "save_seconds"), 1), with_spread(pooled(runs, "load_seconds"), 1),
+                with_spread(pooled(runs, "bytes_per_completion"), 0),
+                with_spread(pooled(runs, "overhead_bytes_per_completion"), 0),
+            ]
+            for (name, size, per_question), runs in by_task.items()
+        ],
+    )  # fmt: skip
+    targets = targets_of({task[1:]: runs for task, runs in by_task.items() if task[0] == OURS})
+    show(
+        "Targets",
+        ["what", "aim", "measured", "met"],
+        [[t.name, t.aim, t.measured, "yes" if t.is_met else "MISSED"] for t in targets],
+    )
+    settings = {"short": arguments.short, "repetitions": repetitions, "questions_drawn": DRAWN}
+    write(arguments.output, settings=settings, results=results, targets=targets)
+    about = machine()
+    print(f"{about['processor']}, numpy {about['numpy']}, pyarrow {about['pyarrow']}, written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What the benchmarks have in common: the machine, files of results, means with their spread, targets."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("exgrpo-trl", "trl", "transformers", "torch", "accelerate", "datasets", "pyarrow", "numpy", "torchrl")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that was aimed at, and what was measured.
+
+    Attributes:
+        name: What was measured.
+        aim: What was aimed at, as text.
+        measured: What came out, as text with its spread.
+        is_met: Whether the aim was reached.
+        cause: Why not, where it was missed.
+    """
+
+    name: str
+    aim: str
+    measured: str
+    is_met: bool
+    cause: str = ""
+
+
+def machine() -> dict[str, Any]:
+    """Cores, operating system and versions."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    } | {name: found for name in PACKAGES if (found := installed(name))}
+
+
+def processor() -> str:
+    """Name of the processor."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def installed(name: str) -> str | None:
+    """Version of a package, `None` where it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def write(file: Path, *, settings: dict[str, Any], results: Any, targets: list[Target]) -> None:
+    """Write a file of results; an unfinished one never has its name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "settings": settings,
+        "machine": machine(),
+        "targets": [asdict(target) for target in targets],
+        "results": results,
+    }
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.rename(file)
+
+
+def with_spread(values: Any, digits: int = 2) -> str:
+    """`mean ± standard deviation` of a sample, the number alone where there is only one."""
+    values = np.asarray(values, dtype=float)
+    mean = f"{values.mean():.{digits}f}"
+    return f"{mean} ± {values.std(ddof=1):.{digits}f}" if values.size > 1 else mean
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; the first column is text, the others are numbers."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=140).print(table)

@@ -1,0 +1,147 @@
+"""
+What replay costs: seconds per optimizer step of ExGRPO beside TRL's GRPO, by phase, and peak memory.
+
+    python -m benchmarks.step_cost --output benchmarks/results/step_cost.json
+    python -m benchmarks.step_cost --short
+
+All trainers live in one process and take their steps in turn, so that whatever slows the machine down slows all of
+them down alike; the ratio of each turn is taken by itself. Every completion has the same length, and the buffer holds
+the same number of stored completions for every question throughout. Peak memory is that of a process of its own.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its profile.py would hide Python's
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.report import Target, machine, show, with_spread, write
+from benchmarks.steps import PHASES, Method, Size, make_trainer, steps_in_turn
+
+GRPO = Method()
+FRACTIONS = [GRPO, *(Method(fraction, 4) for fraction in (0.0, 0.25, 0.5, 0.75))]
+CANDIDATES = [GRPO, *(Method(0.5, candidates) for candidates in (1, 2, 4, 8))]
+TINY, SMOLLM2 = Size("tiny", num_questions=8, length=64), Size("SmolLM2-135M", num_questions=4, length=32)
+# Size, methods that take turns, steps of each that count.
+FULL = [(size, methods, steps) for size, steps in ((TINY, 24), (SMOLLM2, 8)) for methods in (FRACTIONS, CANDIDATES)]
+SHORT = [(TINY, FRACTIONS, 8), (TINY, CANDIDATES, 8), (SMOLLM2, [GRPO, Method(0.5, 1), Method(0.5, 4)], 3)]
+WARM_UP = 2
+STEP_AIM, MEMORY_AIM = 1.00, 1.02
+
+
+def peak_memory(size: Size, method: Method, steps: int) -> float:
+    """GiB of resident memory at the most, of a process that takes a few steps. Call it in a process of its own."""
+    transformers_logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        make_trainer(size, method, steps, folder).train()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure_memory(size: Size, methods: list[Method], repetitions: int) -> dict[str, list[float]]:
+    """Peak memory by method, in turn."""
+    peaks: dict[str, list[float]] = {str(method): [] for method in methods}
+    for _ in range(repetitions):
+        for method in methods:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                peaks[str(method)].append(pool.apply(peak_memory, (size, method, 4)))
+    return peaks
+
+
+def ratios(steps: dict[str, list[dict[str, float]]], name: str, phase: str = "total") -> np.ndarray:
+    """Seconds of a method over those of GRPO, turn by turn."""
+    mine, plain = ([step.get(phase, 0.0) for step in steps[method]] for method in (name, str(GRPO)))
+    return np.array(mine) / np.array(plain)
+
+
+def table_rows(steps: dict[str, list[dict[str, float]]]) -> list[list[str]]:
+    """A row per method: seconds, ratio to GRPO, milliseconds by phase."""
+    rows = []
+    for name, of_method in steps.items():
+        seconds = with_spread([step["total"] for step in of_method], 3)
+        by_phase = [f"{1000 * np.mean([step.get(phase, 0.0) for step in of_method]):.1f}" for phase in PHASES]
+        rows.append([name, seconds, with_spread(ratios(steps, name), 3), *by_phase])
+    return rows
+
+
+def targets_of(size: Size, methods: list[Method], steps: dict[str, list[dict[str, float]]]) -> list[Target]:
+    """The aim for the methods that replay half of the questions."""
+    targets = []
+    for method in methods:
+        if method.replay_fraction != 0.5:
+            continue
+        name = str(method)
+        measured = ratios(steps, name)
+        differences = {
+            phase: float(np.mean([s.get(phase, 0.0) - p.get(phase, 0.0) for s, p in zip(*pair, strict=True)]))
+            for phase in PHASES
+            for pair in [(steps[name], steps[str(GRPO)])]
+        }
+        step_seconds = np.mean([step["total"] for step in steps[str(GRPO)]])
+        largest = sorted(differences.items(), key=lambda item: -abs(item[1]))[:3]
+        cause = ", ".join(f"{phase} {difference / step_seconds:+.1%} of a step" for phase, difference in largest)
+        is_met = bool(measured.mean() <= STEP_AIM)
+        targets.append(
+            Target(
+                f"step, {size.model}, half replayed, {method.candidates} stored completions of each question",
+                f"at most {STEP_AIM:.2f} of GRPO", with_spread(measured, 3), is_met, "" if is_met else cause,
+            )
+        )  # fmt: skip
+    return targets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="fewer steps: some five minutes instead of half an hour")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/step_cost.json"))
+    arguments = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+
+    results: list[dict[str, Any]] = []
+    targets: list[Target] = []
+    columns = ["method", "seconds a step", "of GRPO", *(f"{phase}, ms" for phase in PHASES)]
+    for size, methods, num_steps in SHORT if arguments.short else FULL:
+        with tempfile.TemporaryDirectory() as folder:
+            steps = steps_in_turn(size, methods, num_steps, WARM_UP, folder)
+        batch = f"{size.num_questions} questions of 8 completions of {size.length} tokens"
+        show(f"{size.model}: {batch}, {num_steps} steps", columns, table_rows(steps))
+        results.append({"size": vars(size), "steps": steps})
+        targets += targets_of(size, methods, steps)
+    for size in (TINY, SMOLLM2):
+        repetitions = 1 if arguments.short else 3
+        memory = measure_memory(size, [GRPO, Method(0.5, 8)], repetitions)
+        results.append({"size": vars(size), "peak_memory_gib": memory})
+        plain, replayed = memory.values()
+        ratio = np.array(replayed) / np.array(plain)
+        is_met = bool(ratio.mean() <= MEMORY_AIM)
+        targets.append(
+            Target(
+                f"peak memory, {size.model}, half replayed, 8 stored completions of each question",
+                f"at most {MEMORY_AIM:.2f} of GRPO", with_spread(ratio, 3), is_met,
+                "" if is_met else f"{np.mean(replayed) - np.mean(plain):+.3f} GiB",
+            )
+        )  # fmt: skip
+    show(
+        "Targets",
+        ["what", "aim", "measured", "met", "cause"],
+        [[t.name, t.aim, t.measured, "yes" if t.is_met else "MISSED", t.cause] for t in targets],
+    )
+    write(arguments.output, settings={"short": arguments.short, "warm_up": WARM_UP}, results=results, targets=targets)
+    about = machine()
+    print(f"{about['processor']}, {about['threads']} threads, torch {about['torch']}, trl {about['trl']}")
+    print(f"Written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

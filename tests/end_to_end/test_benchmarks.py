@@ -1,0 +1,169 @@
+"""The benchmarks measure what they say: small forms of them, checked against computations by hand."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks import hidden_operations, learning_run, steps
+from benchmarks.buffers import BUFFERS, groups
+from benchmarks.learning_run import Run
+from benchmarks.steps import Method, Size
+
+
+def by_hand(name: str, digits: list[int]) -> list[int]:
+    """The operations as the task describes them, one digit at a time."""
+    first, second, third = digits
+    return {
+        "a": [third, second, first],
+        "b": [second, third, first],
+        "c": [(digit + 1) % 10 for digit in digits],
+        "d": [9 - digit for digit in digits],
+        "e": [second, first, third],
+        "f": [2 * digit % 10 for digit in digits],
+        "g": [(digit + 3) % 10 for digit in digits],
+        "h": [first, (first + second) % 10, (first + second + third) % 10],
+    }[name]
+
+
+def as_digits(text: str) -> list[int]:
+    return [int(character) for character in text]
+
+
+def test_questions_and_warm_up_of_the_hidden_operations():
+    task = hidden_operations.Task(skew=0.8)
+    train, held_out = task.questions(1000, 200, hopeless=0.9, seed=3)
+    assert len(set(train["prompt"]) | set(held_out["prompt"])) == 1200
+    assert sum(train["is_hopeless"]) == 900
+    assert not any(held_out["is_hopeless"])
+    meaning = {letter: hidden_operations.NAMES[i] for letter, i in zip("ABCDEFGHIJKL", task.meanings, strict=True)}
+    for row in [*train, *held_out]:
+        first, second, digits = row["prompt"][0], row["prompt"][1], as_digits(row["prompt"][2:5])
+        assert as_digits(row["answer"]) == by_hand(meaning[second], by_hand(meaning[first], digits))
+
+    texts = task.warm_up_texts(20_000, np.random.default_rng(0))
+    for text in texts[:500]:
+        question, answer = text.split("=")
+        assert as_digits(answer[1:4]) == by_hand(answer[0], as_digits(question[2:]))
+        assert as_digits(answer[5:]) == by_hand(answer[4], as_digits(answer[1:4]))
+    first_of_a = [text[6] for text in texts if text[0] == "A"]
+    shares = [first_of_a.count(name) / len(first_of_a) for name in hidden_operations.NAMES]
+    np.testing.assert_allclose(
+        sorted(shares), sorted(np.exp(-0.8 * np.arange(8)) / np.exp(-0.8 * np.arange(8)).sum()), atol=0.04
+    )
+
+
+def test_only_the_final_result_of_a_hopeful_question_is_rewarded():
+    rewards = hidden_operations.final_result_reward(
+        ["a111b123", "b999c123", "a111b124", "a111b123", ""],
+        answer=["123"] * 5,
+        is_hopeless=[False] * 3 + [True, False],
+    )
+    assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def warmed_up(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("warm-up")
+    task = hidden_operations.Task(skew=0.8)
+    return hidden_operations.warm_up(task, 0, folder / "hidden-operations-0.8-0", steps=60)
+
+
+@pytest.mark.parametrize("method", learning_run.METHODS)
+def test_every_method_of_the_learning_benchmark_runs(method, warmed_up, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning_run, "WARM_UPS", warmed_up.parent)
+    monkeypatch.setattr(learning_run, "EVERY", 5)
+    monkeypatch.setattr(learning_run, "NUM_HELD_OUT", 16)
+    monkeypatch.setattr(learning_run, "final_result_reward", first_digit_reward)
+    run = Run("bimodal", method, 1e-4, seed=0, steps=5)
+    line = learning_run.finish(run, tmp_path)
+    result = json.loads(run.file(tmp_path).read_text())
+    assert [point["step"] for point in result["curve"]] == [0, 5]
+    assert result["curve"][1]["seconds"] > 0
+    last = result["logs"][-1]
+    expected = {"grpo": None, "grpo-retirement": 0.0, "balanced-rho-0.25": 0.25, "balanced-rho-0.75": 0.75}
+    assert last.get("replay/fraction") == pytest.approx(expected.get(method, 0.5), abs=0.16)
+    if method not in ("grpo", "grpo-retirement"):
+        assert last["replay/completions"] > 0
+    assert learning_run.finish(run, tmp_path) == line, "a run that is there was made again"
+
+
+def first_digit_reward(completions, **kwargs):
+    """Met often by a model that has hardly been warmed up."""
+    return [float(completion[1:2] in "01234") for completion in completions]
+
+
+def test_generated_tokens_are_those_that_were_not_replayed():
+    pytest.importorskip("matplotlib", reason="the report of the benchmark draws: `make bench` installs it")
+    from benchmarks.learning_report import series
+
+    lines = [
+        {"step": 5, "completions/mean_length": 9.0, "replay/tokens_saved": 90.0, "entropy": 1.0},
+        {"step": 10, "completions/mean_length": 8.0, "replay/tokens_saved": 300.0, "entropy": 0.5},
+    ]
+    lines = [line | {"frac_reward_zero_std": 0.5, "replay/completions": 1, "replay/retired": 0} for line in lines]
+    points = [{"step": step, "seconds": 2.0 * step, "pass_at_1": 0.1, "pass_at_8": 0.2} for step in (0, 10)]
+    curve, logged = series({"run": {"method": "shaped"}, "curve": points, "logs": lines})
+    assert logged["tokens"].tolist() == [(5 * 256 * 9 - 90) / 1000, (5 * 256 * 17 - 300) / 1000]
+    assert curve["tokens"].tolist() == [0, logged["tokens"][-1]]
+    assert logged["seconds"].tolist() == [10, 20]
+
+
+def test_steps_are_taken_in_turn_and_timed_by_phase(tmp_path, monkeypatch):
+    order = []
+    begin = steps.StepTimes.begin
+    monkeypatch.setattr(steps.StepTimes, "begin", lambda self: (begin(self), order.append(self.name))[0])
+    methods = [Method(), Method(0.0, 2), Method(0.5, 1), Method(0.5, 2)]
+    measured = steps.steps_in_turn(Size("tiny", 2, 4), methods, steps=2, warm_up=1, output_dir=tmp_path)
+    assert order == [str(method) for method in methods] * 3
+    for method in methods:
+        assert len(measured[str(method)]) == 2
+        for step in measured[str(method)]:
+            assert sum(step.get(phase, 0.0) for phase in steps.PHASES) == pytest.approx(step["total"])
+            assert min(step["generation"], step["loss"], step["optimizer"], step["rest"]) > 0
+            # One stored completion leaves nothing to choose, so nothing is scored.
+            assert (step.get("scoring", 0.0) > 1e-3) == (method.candidates == 2 and method.replay_fraction == 0.5)
+
+
+def test_a_failing_trainer_ends_the_others(tmp_path, monkeypatch):
+    def fail(completion_ids, **kwargs):
+        raise ValueError("no reward")
+
+    monkeypatch.setattr(steps, "parity_reward", fail)
+    with pytest.raises(ValueError, match="no reward"):
+        steps.steps_in_turn(Size("tiny", 2, 4), [Method(), Method(0.5, 1)], steps=2, warm_up=0, output_dir=tmp_path)
+
+
+def test_a_phase_does_not_count_the_phases_within():
+    stopwatch = steps.Stopwatch()
+    with stopwatch.phase("outer"):
+        time.sleep(0.02)
+        with stopwatch.phase("inner"):
+            time.sleep(0.05)
+    assert stopwatch.seconds["inner"] >= 0.05
+    assert 0.02 <= stopwatch.seconds["outer"] < 0.045
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_buffers_of_the_benchmark_hold_the_same(name, tmp_path):
+    if name == "torchrl":
+        pytest.importorskip("torchrl", reason="torchrl is not installed here: `make bench` installs it")
+    buffer = BUFFERS[name](600)
+    for group in groups(600, 3, mean_length=20):
+        buffer.insert(group)
+    drawn = buffer.draw(64)
+    assert len(drawn[0] if name == "torchrl" else drawn) == 64
+    buffer.save(tmp_path / "saved")
+    loaded = buffer.load(tmp_path / "saved")
+    tokens = [sum(len(tokens) for tokens in group.tokens) for group in groups(600, 3, mean_length=20)]
+    stored = {
+        "exgrpo-trl": lambda: (loaded.num_completions, loaded.num_tokens),
+        "dictionary of lists": lambda: (
+            sum(map(len, loaded[0].values())), sum(len(e["tokens"]) for of in loaded[0].values() for e in of)
+        ),
+        "torchrl": lambda: (len(loaded.buffer), int(loaded.buffer[:]["num_tokens"].sum())),
+    }[name]()  # fmt: skip
+    assert stored == (600, sum(tokens))
+    if name != "torchrl":
+        assert buffer.evict_older_than(1) == 128 * 3
