@@ -233,8 +233,8 @@ class Experience:
             raise TypeError(f"`token_ids` must be integers, got dtype {ids.dtype}.")
         if logps.dtype.kind not in "fiu":
             raise TypeError(f"`behavior_per_token_logps` must be numbers, got dtype {logps.dtype}.")
-        # Read as unsigned, a negative id is a huge one: one pass checks both ends of the range. `argmax` is faster than
-        # `max`, and finds NaN first.
+        # Read as unsigned, a negative id is a huge one: one pass checks both ends of the range. `argmax` and `argmin`
+        # are faster than `max` and `min`, and find NaN first.
         unsigned = ids.astype(np.int64, copy=False).view(np.uint64)
         if unsigned[unsigned.argmax()] > MAX_TOKEN_ID:
             raise ValueError(
