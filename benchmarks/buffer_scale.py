@@ -28,12 +28,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.buffers import BUFFERS, groups, remove, size_on_disk
+from benchmarks.plots import draw_buffer_scale
 from benchmarks.report import Target, machine, show, with_spread, write
 
 OURS = "exgrpo-trl"
 SIZES = (10**4, 10**5, 10**6)
 PER_QUESTION = 4  # the paper's buffer held 202,011 completions of at most 45,000 questions
 DRAWN = 64
+DRAWS = 200
+CHUNK = 100  # questions whose insertion is timed together; divides the number of questions
 # Buffer, completions, completions of a question.
 FULL = [(name, size, PER_QUESTION) for size in SIZES for name in BUFFERS] + [(OURS, 10**6, 1)]
 SHORT = [(name, size, PER_QUESTION) for size in SIZES for name in BUFFERS if name == OURS or size < 10**6]
@@ -54,31 +57,22 @@ def resident() -> int:
 def measure(name: str, size: int, per_question: int, folder: str) -> dict[str, Any]:
     """Everything about one buffer of one size. Call it in a process of its own."""
     num_questions = size // per_question
-    more = 40 * (100 // per_question)  # questions that come when the buffer is as large as it should be
-    buffer = BUFFERS[name](size + 2 * more * per_question)
-    buffer.insert(next(iter(groups(per_question, per_question, num_questions + 2 * more))))  # imports, allocations
-    before, num_tokens, filling = resident(), 0, 0.0
-    for start in range(0, num_questions, 250):
-        chunk = list(groups(min(250, num_questions - start) * per_question, per_question, start))
+    buffer = BUFFERS[name](size + (DRAWS + 1) * per_question)
+    buffer.insert(next(iter(groups(per_question, per_question, num_questions + DRAWS))))  # imports, allocations
+    before, num_tokens, inserts = resident(), 0, []
+    for start in range(0, num_questions, CHUNK):
+        chunk = list(groups(CHUNK * per_question, per_question, start))
         num_tokens += sum(len(tokens) for group in chunk for tokens in group.tokens)
-        begin = time.perf_counter()
-        for group in chunk:
-            buffer.insert(group)
-        filling += time.perf_counter() - begin
+        inserts.append(seconds(lambda chunk=chunk: [buffer.insert(group) for group in chunk]))  # type: ignore[misc]
         del chunk
     memory = resident() - before
 
-    fresh = list(groups(2 * more * per_question, per_question, num_questions))
-    inserts = []
-    for start in range(0, more, more // 40):
-        chunk = fresh[start : start + more // 40]
-        inserts.append(seconds(lambda chunk=chunk: [buffer.insert(group) for group in chunk]))  # type: ignore[misc]
     draws: list[float] = []
     begin = time.perf_counter()
-    for group in fresh[more : 2 * more]:
+    for group in groups(DRAWS * per_question, per_question, num_questions):
         buffer.insert(group)  # as in training, where a draw never finds the buffer as the last one left it
         draws.append(seconds(lambda: buffer.draw(DRAWN)))
-        if len(draws) >= 200 or (len(draws) >= 10 and time.perf_counter() - begin > 10):
+        if len(draws) >= 10 and time.perf_counter() - begin > 10:
             break
 
     path = Path(folder, "buffer")
@@ -89,8 +83,8 @@ def measure(name: str, size: int, per_question: int, folder: str) -> dict[str, A
         "completions": size,
         "completions_per_question": per_question,
         "tokens": num_tokens,
-        "fill_microseconds": 1e6 * filling / size,
-        "insert_microseconds": [1e6 * s / (more // 40 * per_question) for s in inserts],
+        # At that size: of the last ones that were inserted.
+        "insert_microseconds": [1e6 * s / (CHUNK * per_question) for s in inserts[-20:]],
         "draw_milliseconds": [1e3 * s for s in draws],
         "bytes_per_completion": memory / size,
         "overhead_bytes_per_completion": (memory - 8 * num_tokens) / size,
@@ -137,8 +131,8 @@ def in_a_process(task: tuple[str, int, int]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
         result = pool.apply(measure, (*task, folder))
     print(
-        f"{task}: insert {np.mean(result['insert_microseconds']):.1f} us, draw "
-        f"{np.mean(result['draw_milliseconds']):.2f} ms, save {result['save_seconds']:.1f} s, load "
+        f"{task}: insert {np.median(result['insert_microseconds']):.1f} us, draw "
+        f"{np.median(result['draw_milliseconds']):.2f} ms, save {result['save_seconds']:.1f} s, load "
         f"{result['load_seconds']:.1f} s, {result['overhead_bytes_per_completion']:.0f} bytes besides tokens",
         flush=True,
     )
@@ -146,8 +140,8 @@ def in_a_process(task: tuple[str, int, int]) -> dict[str, Any]:
 
 
 def pooled(results: list[dict[str, Any]], name: str) -> np.ndarray:
-    """One number of each repetition; the mean where a repetition has several."""
-    return np.array([np.mean(result[name]) for result in results], dtype=float)
+    """One number of each repetition; the median where a repetition has several, as machines are interrupted."""
+    return np.array([np.median(result[name]) for result in results], dtype=float)
 
 
 def targets_of(of_ours: dict[tuple[int, int], list[dict[str, Any]]]) -> list[Target]:
@@ -222,6 +216,7 @@ def main() -> None:
     )
     settings = {"short": arguments.short, "repetitions": repetitions, "questions_drawn": DRAWN}
     write(arguments.output, settings=settings, results=results, targets=targets)
+    draw_buffer_scale(results, arguments.output.with_suffix(".png"))
     about = machine()
     print(f"{about['processor']}, numpy {about['numpy']}, pyarrow {about['pyarrow']}, written to {arguments.output}")
 

@@ -61,7 +61,7 @@ class OurBuffer:
 
     def insert(self, group: Group) -> None:
         experiences = [
-            Experience.create(tokens, logps, policy_version=group.version, reward=1.0, entropy=0.5)
+            Experience.create(tokens, logps, policy_version=group.version, reward=1.0, entropy=float(logps[0]))
             for tokens, logps in zip(group.tokens, group.logps, strict=True)
         ]
         question = Question(group.name, {"prompt": group.name})
@@ -99,7 +99,7 @@ class ListBuffer:
                         "logps": logps.astype(np.float32),
                         "version": group.version,
                         "reward": 1.0,
-                        "entropy": 0.5,
+                        "entropy": float(logps[0]),
                     }
                 )
         self.num_correct[group.name] = group.num_correct

@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.learning_run import ROWS, SETTINGS, STEPS, Run
+from benchmarks.plots import save
 from benchmarks.report import Target, show, with_spread, write
 
 COLORS = {"grpo": "#888888", "shaped": "#d95f02", "balanced": "#1b7db8"}
@@ -87,7 +85,6 @@ def draw_curves(by_method: dict[str, list[dict[str, Any]]], title: str, file: Pa
         axis.set_xlabel(label)
     axes[0][0].legend(frameon=False)
     figure.suptitle(title)
-    figure.tight_layout()
     save(figure, file)
 
 
@@ -109,7 +106,6 @@ def draw_finals(groups: dict[str, dict[str, np.ndarray]], title: str, file: Path
     axis.grid(axis="y", alpha=0.2)
     axis.legend(frameon=False, ncols=len(methods))
     axis.set_title(title)
-    figure.tight_layout()
     save(figure, file)
 
 
@@ -124,15 +120,7 @@ def draw_ablations(of_method: dict[str, np.ndarray], file: Path) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("held-out pass@1 at the end, bimodal")
     axis.grid(axis="x", alpha=0.2)
-    figure.tight_layout()
     save(figure, file)
-
-
-def save(figure: Any, file: Path) -> None:
-    """Write a picture."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=75, metadata={"Software": None})
-    plt.close(figure)
 
 
 def label(run: Run) -> str:

@@ -68,7 +68,7 @@ def write(file: Path, *, settings: dict[str, Any], results: Any, targets: list[T
     content = {
         "settings": settings,
         "machine": machine(),
-        "targets": [asdict(target) for target in targets],
+        "targets": [asdict(target) | {"is_met": bool(target.is_met)} for target in targets],
         "results": results,
     }
     unfinished = file.with_suffix(".unfinished")
@@ -81,6 +81,12 @@ def with_spread(values: Any, digits: int = 2) -> str:
     values = np.asarray(values, dtype=float)
     mean = f"{values.mean():.{digits}f}"
     return f"{mean} ± {values.std(ddof=1):.{digits}f}" if values.size > 1 else mean
+
+
+def middle(values: Any, digits: int = 2) -> str:
+    """`median (lower to upper quartile)` of a sample: what a machine does that is interrupted now and then."""
+    low, median, high = np.quantile(np.asarray(values, dtype=float), [0.25, 0.5, 0.75])
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -152,7 +152,7 @@ def load_parts(size: Size) -> tuple[Any, Any, Dataset]:
         encode = character_tokenizer()
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=len(encode), hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
+            vocab_size=len(encode), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
             num_attention_heads=4, pad_token_id=encode.pad_token_id, bos_token_id=None,
             eos_token_id=encode.eos_token_id,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import operator
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -21,6 +22,7 @@ MAX_POLICY_VERSION = 2**63 - 1
 MAX_LOG_PROBABILITY = 1e-4
 MIN_LOG_PROBABILITY = float(np.finfo(np.float32).min)
 
+_LOW_HALF = 0 if sys.byteorder == "little" else 1  # of the two int32 that make an int64
 _TYPE_KEY = "__exgrpo_type__"
 
 
@@ -235,7 +237,8 @@ class Experience:
             raise TypeError(f"`behavior_per_token_logps` must be numbers, got dtype {logps.dtype}.")
         # Read as unsigned, a negative id is a huge one: one pass checks both ends of the range. `argmax` and `argmin`
         # are faster than `max` and `min`, and find NaN first.
-        unsigned = ids.astype(np.int64, copy=False).view(np.uint64)
+        wide = np.ascontiguousarray(ids, dtype=np.int64)
+        unsigned = wide.view(np.uint64)
         if unsigned[unsigned.argmax()] > MAX_TOKEN_ID:
             raise ValueError(
                 f"`token_ids` must lie in 0..{MAX_TOKEN_ID}, got {ids.min()}..{ids.max()}; remove padding."
@@ -248,7 +251,8 @@ class Experience:
                 "they are log-probabilities in nats of the generated tokens."
             )
         return cls(
-            ids.astype(np.int32, copy=False).tobytes(),
+            # Their low halves. An int32 array in between would leave a hole in the heap: 200 bytes per completion.
+            wide.view(np.int32)[_LOW_HALF::2].tobytes(),
             logps.astype(np.float32, copy=False).tobytes(),
             _checked_policy_version(policy_version),
             _checked_float("reward", reward, allow_nan=False),
