@@ -115,12 +115,14 @@ STAGES = {"tune": tuning_runs, "compare": compared_runs, "ablate": ablated_runs,
 def make_runs(runs: list[Run], folder: Path, jobs: int) -> None:
     """Make the runs whose files are not there."""
     start = time.perf_counter()
+    missing = [run for run in runs if not run.file(folder).exists()]
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are there.", flush=True)
     # Before the runs, so that no two of them make the same one.
-    warm_ups = sorted({(SETTINGS[run.setting][0], run.warm_up) for run in runs})
+    warm_ups = sorted({(SETTINGS[run.setting][0], run.warm_up) for run in missing})
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
         pool.map(warm_up_folder, warm_ups, chunksize=1)
-        for number, line in enumerate(pool.imap_unordered(functools.partial(finish, folder=folder), runs), 1):
-            print(f"[{number}/{len(runs)}, {time.perf_counter() - start:.0f} s] {line}", flush=True)
+        for number, line in enumerate(pool.imap_unordered(functools.partial(finish, folder=folder), missing), 1):
+            print(f"[{number}/{len(missing)}, {time.perf_counter() - start:.0f} s] {line}", flush=True)
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def test_every_method_of_the_learning_benchmark_runs(method, warmed_up, tmp_path
     monkeypatch.setattr(learning_run, "NUM_HELD_OUT", 16)
     monkeypatch.setattr(learning_run, "final_result_reward", first_digit_reward)
     run = Run("bimodal", method, 1e-4, seed=0, steps=5)
-    line = learning_run.finish(run, tmp_path)
+    learning_run.finish(run, tmp_path)
     result = json.loads(run.file(tmp_path).read_text())
     assert [point["step"] for point in result["curve"]] == [0, 5]
     assert result["curve"][1]["seconds"] > 0
@@ -86,7 +86,17 @@ def test_every_method_of_the_learning_benchmark_runs(method, warmed_up, tmp_path
     assert last.get("replay/fraction") == pytest.approx(expected.get(method, 0.5), abs=0.16)
     if method not in ("grpo", "grpo-retirement"):
         assert last["replay/completions"] > 0
-    assert learning_run.finish(run, tmp_path) == line, "a run that is there was made again"
+
+
+def test_a_finished_run_is_not_made_again(tmp_path, capfd):
+    pytest.importorskip("matplotlib", reason="the report of the benchmark draws: `make bench` installs it")
+    from benchmarks.learning import make_runs
+
+    run = Run("bimodal", "grpo", 1e-4, seed=0)
+    run.file(tmp_path).write_text("{}")
+    make_runs([run], tmp_path, jobs=1)
+    assert run.file(tmp_path).read_text() == "{}"
+    assert "1 of 1 runs are there" in capfd.readouterr().out
 
 
 def first_digit_reward(completions, **kwargs):

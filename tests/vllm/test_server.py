@@ -6,6 +6,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm`
 
 from peft import get_peft_model
 from recorder import (
+    SAME_POLICY,
     assert_fresh_rows_belong,
     assert_replayed_rows_are_left_alone,
     assert_stored_by_policy,
@@ -71,9 +72,9 @@ def test_nothing_is_generated_in_vain(server, model_folder, tmp_path, case):
     steps = [line for line in trainer.state.log_history if "sampling/sampling_logp_difference/max" in line]
     assert len(steps) == len(batches) * is_corrected
     for line in steps:
-        assert line["sampling/sampling_logp_difference/max"] < 1e-5
+        assert line["sampling/sampling_logp_difference/max"] < SAME_POLICY
         for name in ("min", "mean", "max"):
-            assert line[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(1, abs=1e-4)
+            assert line[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(1, abs=1e-3)
     moved = max(
         (row["behavior_per_token_logps"] - row["old_per_token_logps"]).abs().max().item()
         for row in replayed_rows(batches)

@@ -13,6 +13,7 @@ from packaging.version import Version
 from peft import get_peft_model
 from ranks import Ranks, assert_engaged, run_ranks
 from recorder import (
+    SAME_POLICY,
     Recorder,
     RowRecorder,
     assert_fresh_rows_belong,
@@ -79,7 +80,7 @@ def check(told):
                 if not row["is_replayed"]:
                     # Computed by the trainer for the prompt of the row, and by the sampler for the prompt it was sent.
                     distance = (row["old_per_token_logps"] - row["sampling_per_token_logps"]).abs().max()
-                    assert distance < 1e-5, f"step {batch['step']}: {distance}"
+                    assert distance < SAME_POLICY, f"step {batch['step']}: {distance}"
         if rank["batches"][0]["policy"] is not None:
             assert_fresh_rows_belong(rank["batches"])
     both = [
@@ -106,9 +107,9 @@ def check(told):
     }
     assert len(told[0]["stored"]) > 10
     for key, logps in told[0]["stored"].items():
-        torch.testing.assert_close(torch.tensor(logps), generated[key], atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(logps), generated[key], atol=SAME_POLICY, rtol=0)
     for line in told[0]["history"]:
-        assert line.get("sampling/sampling_logp_difference/max", 0) < 1e-5
+        assert line.get("sampling/sampling_logp_difference/max", 0) < SAME_POLICY
     return both
 
 
