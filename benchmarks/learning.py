@@ -19,7 +19,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: more threads are slower for models of this size
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its profile.py would hide Python's
+if not __package__:  # run as a file: this folder would come first, and its profile.py would hide Python's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import functools
@@ -31,6 +32,7 @@ import numpy as np
 
 from benchmarks.learning_report import report
 from benchmarks.learning_run import METHODS, SETTINGS, Run, finish, warm_up_folder
+from benchmarks.learning_summary import COMPARED
 from benchmarks.report import RESULTS, ROOT
 
 TUNED = ("bimodal", "even-0.97")
@@ -42,7 +44,6 @@ TUNED_ON = {
     "even-0.9": "even-0.97",
     "even-0.97": "even-0.97",
 }
-COMPARED = ("grpo", "shaped", "balanced")
 # The first four were fixed before any run. The lower ones were added, for all methods alike, until no method had its
 # best at the lower edge of a setting.
 LEARNING_RATES = {
@@ -135,9 +136,15 @@ def main() -> None:
     if arguments.stage != "report":
         make_runs(STAGES[arguments.stage](), folder, arguments.jobs)
     if is_short:
-        report(short_runs(), folder, folder.with_suffix(".json"), plots=folder)
+        report(short_runs(), [], folder, folder.with_suffix(".json"), plots=folder)
     elif arguments.stage == "report":
-        report(compared_runs() + ablated_runs(), folder, folder.with_suffix(".json"), plots=ROOT / "docs" / "images")
+        report(
+            compared_runs() + ablated_runs(),
+            tuning_runs(),
+            folder,
+            folder.with_suffix(".json"),
+            plots=ROOT / "docs" / "images",
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: this file would hide Python's profile
+if not __package__:  # run as a file: this folder would come first, and its profile.py would hide Python's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import cProfile

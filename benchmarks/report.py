@@ -97,3 +97,21 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(width=140).print(table)
+
+
+def show_targets(targets: list[Target]) -> None:
+    """Print what was aimed at and what came out."""
+    show("Targets", TARGET_COLUMNS, target_rows(targets))
+
+
+TARGET_COLUMNS = ["what", "aim", "measured", "met", "cause"]
+
+
+def target_rows(targets: list[Target]) -> list[list[str]]:
+    """A row per target."""
+    return [[t.name, t.aim, t.measured, "yes" if t.is_met else "MISSED", t.cause] for t in targets]
+
+
+def targets_in(file: Path) -> list[Target]:
+    """Targets of a file that `write` has written; none of another file."""
+    return [Target(**target) for target in json.loads(file.read_text()).get("targets", [])]

@@ -16,7 +16,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its profile.py would hide Python's
+if not __package__:  # run as a file: this folder would come first, and its profile.py would hide Python's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import multiprocessing
@@ -28,7 +29,7 @@ import numpy as np
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.plots import draw_step_cost
-from benchmarks.report import Target, machine, middle, show, with_spread, write
+from benchmarks.report import Target, machine, middle, show, show_targets, with_spread, write
 from benchmarks.steps import PHASES, Method, Size, make_trainer, steps_in_turn
 
 GRPO = Method()
@@ -64,6 +65,9 @@ def ratios(steps: dict[str, list[dict[str, float]]], name: str, phase: str = "to
     """Seconds of a method over those of GRPO, turn by turn."""
     mine, plain = ([step.get(phase, 0.0) for step in steps[method]] for method in (name, str(GRPO)))
     return np.array(mine) / np.array(plain)
+
+
+COLUMNS = ["method", "seconds", "of GRPO", *PHASES]
 
 
 def table_rows(steps: dict[str, list[dict[str, float]]]) -> list[list[str]]:
@@ -111,12 +115,11 @@ def main() -> None:
 
     results: list[dict[str, Any]] = []
     targets: list[Target] = []
-    columns = ["method", "seconds", "of GRPO", *PHASES]
     for size, methods, num_steps in SHORT if arguments.short else FULL:
         with tempfile.TemporaryDirectory() as folder:
             steps = steps_in_turn(size, methods, num_steps, WARM_UP, folder)
         batch = f"{size.num_questions} questions of 8 completions of {size.length} tokens"
-        show(f"{size.model}: {batch}, {num_steps} steps; milliseconds by phase", columns, table_rows(steps))
+        show(f"{size.model}: {batch}, {num_steps} steps; milliseconds by phase", COLUMNS, table_rows(steps))
         results.append({"size": vars(size), "steps": steps})
         targets += targets_of(size, methods, steps)
     for size in (TINY, SMOLLM2):
@@ -133,11 +136,7 @@ def main() -> None:
                 "" if is_met else f"{np.mean(replayed) - np.mean(plain):+.3f} GiB",
             )
         )  # fmt: skip
-    show(
-        "Targets",
-        ["what", "aim", "measured", "met", "cause"],
-        [[t.name, t.aim, t.measured, "yes" if t.is_met else "MISSED", t.cause] for t in targets],
-    )
+    show_targets(targets)
     write(arguments.output, settings={"short": arguments.short, "warm_up": WARM_UP}, results=results, targets=targets)
     draw_step_cost(results, arguments.output.with_suffix(".png"))
     about = machine()

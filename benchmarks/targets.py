@@ -6,32 +6,20 @@ What was aimed at, and what was measured: the targets of all results in a folder
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from benchmarks.report import ROOT, show
-
-
-def target_rows(folder: Path) -> list[list[str]]:
-    """A row per target, in the order of the files."""
-    contents = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    return [
-        [target["name"], target["aim"], target["measured"], "yes" if target["is_met"] else "MISSED", target["cause"]]
-        for content in contents
-        for target in content.get("targets", [])
-    ]
+from benchmarks.report import ROOT, show_targets, targets_in
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "outputs" / "benchmarks")
     arguments = parser.parse_args()
-    rows = target_rows(arguments.folder)
-    if not rows:
+    targets = [target for file in sorted(arguments.folder.glob("*.json")) for target in targets_in(file)]
+    if not targets:
         raise SystemExit(f"{arguments.folder} holds no results. `make bench` makes them.")
-    show("Targets", ["what", "aim", "measured", "met", "cause"], rows)
-    missed = sum(row[3] == "MISSED" for row in rows)
-    print(f"{len(rows) - missed} of {len(rows)} targets met")
+    show_targets(targets)
+    print(f"{sum(target.is_met for target in targets)} of {len(targets)} targets met")
 
 
 if __name__ == "__main__":

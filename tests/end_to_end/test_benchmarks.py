@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import hidden_operations, learning_run, steps
+from benchmarks import hidden_operations, learning_run, learning_summary, steps
 from benchmarks.buffers import BUFFERS, groups
 from benchmarks.learning_run import Run
 from benchmarks.steps import Method, Size
@@ -105,16 +105,13 @@ def first_digit_reward(completions, **kwargs):
 
 
 def test_generated_tokens_are_those_that_were_not_replayed():
-    pytest.importorskip("matplotlib", reason="the report of the benchmark draws: `make bench` installs it")
-    from benchmarks.learning_report import series
-
     lines = [
         {"step": 5, "completions/mean_length": 9.0, "replay/tokens_saved": 90.0, "entropy": 1.0},
         {"step": 10, "completions/mean_length": 8.0, "replay/tokens_saved": 300.0, "entropy": 0.5},
     ]
     lines = [line | {"frac_reward_zero_std": 0.5, "replay/completions": 1, "replay/retired": 0} for line in lines]
     points = [{"step": step, "seconds": 2.0 * step, "pass_at_1": 0.1, "pass_at_8": 0.2} for step in (0, 10)]
-    curve, logged = series({"run": {"method": "shaped"}, "curve": points, "logs": lines})
+    curve, logged = learning_summary.series({"run": {"method": "shaped"}, "curve": points, "logs": lines})
     assert logged["tokens"].tolist() == [(5 * 256 * 9 - 90) / 1000, (5 * 256 * 17 - 300) / 1000]
     assert curve["tokens"].tolist() == [0, logged["tokens"][-1]]
     assert logged["seconds"].tolist() == [10, 20]
@@ -177,3 +174,12 @@ def test_buffers_of_the_benchmark_hold_the_same(name, tmp_path):
     assert stored == (600, sum(tokens))
     if name != "torchrl":
         assert buffer.evict_older_than(1) == 128 * 3
+
+
+def test_the_documentation_shows_the_committed_results():
+    pytest.importorskip("matplotlib", reason="the benchmarks draw: `make bench` installs what they need")
+    from benchmarks.tables import PAGE, RESULTS, filled
+
+    page = PAGE.read_text()
+    assert filled(page, RESULTS) == page, "run python -m benchmarks.tables"
+    assert "| buffer | completions |" in page

@@ -1,0 +1,140 @@
+"""
+Write the committed results into docs/benchmarks.md, so that what is shown there is what was measured.
+
+    python -m benchmarks.tables
+"""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not __package__:  # run as a file: this folder would come first, and its profile.py would hide Python's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import json
+
+import numpy as np
+
+from benchmarks import buffer_scale, learning_summary, step_cost
+from benchmarks.report import RESULTS, ROOT, TARGET_COLUMNS, target_rows, targets_in
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def versions(machine: dict[str, Any]) -> str:
+    """Where something was measured."""
+    packages = ("trl", "transformers", "torch", "pyarrow", "numpy")
+    listed = ", ".join(f"{name} {machine[name]}" for name in packages if name in machine)
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; {listed}."
+
+
+def step_cost_tables(content: dict[str, Any]) -> Iterator[str]:
+    """A table per batch, and one of memory."""
+    for result in content["results"]:
+        size = result["size"]
+        batch = f"{size['num_questions']} questions of 8 completions of {size['length']} tokens"
+        if "steps" in result:
+            count = len(next(iter(result["steps"].values())))
+            yield f"**{size['model']}**, {batch}, {count} steps of each; median milliseconds by phase:"
+            yield markdown(step_cost.COLUMNS, step_cost.table_rows(result["steps"]))
+    memory = [result for result in content["results"] if "peak_memory_gib" in result]
+    if memory:
+        yield "Peak resident memory, GiB:"
+        rows = [
+            [of["size"]["model"], method, " ".join(f"{value:.3f}" for value in values)]
+            for of in memory
+            for method, values in of["peak_memory_gib"].items()
+        ]
+        yield markdown(["model", "method", "measured"], rows)
+
+
+def buffer_tables(content: dict[str, Any]) -> Iterator[str]:
+    """One table."""
+    yield markdown(buffer_scale.COLUMNS, buffer_scale.table_rows(content["results"]))
+
+
+def tuning_tables(content: dict[str, Any]) -> Iterator[str]:
+    """Mean of the seeds by learning rate, the best of each row in bold."""
+    tuned = content["results"]["tuned"]
+    rates = sorted({rate for of in tuned.values() for by_rate in of.values() for rate in by_rate}, key=float)
+    rows = []
+    for setting, by_method in tuned.items():
+        for method, by_rate in by_method.items():
+            means = {rate: float(np.mean(values)) for rate, values in by_rate.items()}
+            best = max(means, key=lambda rate: means[rate])
+            cells = {rate: f"**{mean:.3f}**" if rate == best else f"{mean:.3f}" for rate, mean in means.items()}
+            rows.append([setting, method, *(cells.get(rate, "") for rate in rates)])
+    yield markdown(["setting", "method", *rates], rows)
+
+
+def comparison_tables(content: dict[str, Any]) -> Iterator[str]:
+    """One table."""
+    rows = learning_summary.comparison_rows(content["results"]["compared"])
+    yield markdown(learning_summary.COMPARISON_COLUMNS, rows)
+
+
+def ablation_tables(content: dict[str, Any]) -> Iterator[str]:
+    """One table."""
+    rows = learning_summary.ablation_rows(content["results"]["ablated"])
+    yield markdown(learning_summary.ABLATION_COLUMNS, rows)
+
+
+# Name of a place in the page: file of results, and what makes its tables.
+PLACES = {
+    "step-cost": ("step_cost.json", step_cost_tables),
+    "buffer": ("buffer_scale.json", buffer_tables),
+    "tuning": ("learning.json", tuning_tables),
+    "comparison": ("learning.json", comparison_tables),
+    "ablations": ("learning.json", ablation_tables),
+}
+
+
+def targets_table(results: Path) -> str:
+    """All targets of a folder of results."""
+    rows = [row for file in sorted(results.glob("*.json")) for row in target_rows(targets_in(file))]
+    return markdown(TARGET_COLUMNS, rows)
+
+
+def filled(page: str, results: Path) -> str:
+    """
+    The page with the tables of a folder of results.
+
+    A place whose results are not there is left as it is.
+
+    Raises:
+        ValueError: if the page has no such place.
+    """
+    contents = {"targets": targets_table(results)}
+    for place, (name, tables) in PLACES.items():
+        if (results / name).exists():
+            content = json.loads((results / name).read_text())
+            contents[place] = "\n\n".join([*tables(content), versions(content["machine"])])
+    for place, text in contents.items():
+        pattern = re.compile(rf"(<!-- {place} -->\n).*?(<!-- /{place} -->)", flags=re.DOTALL)
+        if not pattern.search(page):
+            raise ValueError(f"The page has no place <!-- {place} --> ... <!-- /{place} -->.")
+        page = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)  # type: ignore[misc]
+    return page
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(), RESULTS))
+    for name in ("step_cost.png", "buffer_scale.png"):
+        if (RESULTS / name).exists():
+            shutil.copy(RESULTS / name, ROOT / "docs" / "images" / name)
+    print(f"Written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
