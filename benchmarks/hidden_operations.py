@@ -167,11 +167,15 @@ def warm_up(task: Task, seed: int, folder: Path, *, steps: int = 650, batch_size
                 num_hidden_layers=3,
                 num_attention_heads=4,
                 max_position_embeddings=32,
+                initializer_range=(3 * 64) ** -0.5,
                 pad_token_id=encode.pad_token_id,
                 bos_token_id=None,
                 eos_token_id=encode.eos_token_id,
             )
         )
+        # As torch begins by itself. With transformers' 0.02, meant for wide models, every method later unlearned the
+        # task at learning rates that are harmless to these weights.
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, 20, steps)
     for _ in range(steps):
