@@ -4,6 +4,7 @@ Does replay learn more? GRPO and ExGRPO on hidden operations, through the traine
     python -m benchmarks.learning --stage tune       # learning rates, on seeds that are not used again: 54 runs
     python -m benchmarks.learning --stage compare    # every setting, method and seed: 105 runs
     python -m benchmarks.learning --stage ablate     # what makes the difference on the bimodal task: 27 runs
+    python -m benchmarks.learning --stage check      # GRPO at the learning rate of the balanced weighting: 15 runs
     python -m benchmarks.learning --stage report     # tables, plots and targets of what is there
     python -m benchmarks.learning --stage short      # six runs of 150 steps and their report
 
@@ -97,6 +98,13 @@ def ablated_runs() -> list[Run]:
     ]
 
 
+def checked_runs() -> list[Run]:
+    """GRPO at the learning rate of the balanced weighting, where tuning chose another: two tuning seeds are few."""
+    settings = [setting for setting in SETTINGS if TUNED_ON[setting] == "bimodal"]
+    learning_rate = best_learning_rate("bimodal", "balanced")
+    return [Run(setting, "grpo", learning_rate, seed) for setting in settings for seed in range(5)]
+
+
 def short_runs() -> list[Run]:
     """One seed of each compared method in the two tuned settings, half as long."""
     return [
@@ -106,7 +114,7 @@ def short_runs() -> list[Run]:
     ]
 
 
-STAGES = {"tune": tuning_runs, "compare": compared_runs, "ablate": ablated_runs, "short": short_runs}
+STAGES = {"tune": tuning_runs, "compare": compared_runs, "ablate": ablated_runs, "check": checked_runs, "short": short_runs}
 
 
 def make_runs(runs: list[Run], folder: Path, jobs: int) -> None:
@@ -135,7 +143,7 @@ def main() -> None:
         report(short_runs(), [], folder, folder.with_suffix(".json"), plots=folder)
     elif arguments.stage == "report":
         report(
-            compared_runs() + ablated_runs(),
+            compared_runs() + ablated_runs() + checked_runs(),
             tuning_runs(),
             folder,
             folder.with_suffix(".json"),

@@ -24,6 +24,7 @@ from benchmarks.plots import save
 from benchmarks.report import show, show_targets, write
 
 COLORS = {"grpo": "#888888", "shaped": "#d95f02", "balanced": "#1b7db8"}
+OTHER = "#555555"
 # Name of a quantity in a series, and its label.
 QUANTITIES = {
     "pass_at_1": "held-out pass@1",
@@ -45,10 +46,10 @@ def draw_curves(by_method: dict[str, Results], title: str, file: Path) -> None:
             found = [part for pair in drawn for part in pair if quantity in part]
             for axis, horizontal in zip(row, AXES, strict=True):
                 for part in found:
-                    axis.plot(part[horizontal], part[quantity], color=COLORS[method], linewidth=0.6, alpha=0.45)
+                    axis.plot(part[horizontal], part[quantity], color=COLORS.get(method, OTHER), linewidth=0.6, alpha=0.45)
                 if found:
                     means = [np.mean([part[name] for part in found], axis=0) for name in (horizontal, quantity)]
-                    axis.plot(*means, color=COLORS[method], linewidth=2, label=method)
+                    axis.plot(*means, color=COLORS.get(method, OTHER), linewidth=2, label=method)
     for row, label in zip(axes, QUANTITIES.values(), strict=True):
         row[0].set_ylabel(label)
         for axis in row:
@@ -69,7 +70,7 @@ def draw_finals(groups: dict[str, dict[str, np.ndarray]], title: str, file: Path
             if method not in group:
                 continue
             place = position + 0.24 * (number - (len(methods) - 1) / 2)
-            color = COLORS.get(method, "#555555")
+            color = COLORS.get(method, OTHER)
             label = method if position == 0 else None
             axis.scatter([place] * len(group[method]), group[method], s=14, color=color, alpha=0.7, label=label)
             axis.hlines(group[method].mean(), place - 0.09, place + 0.09, color=color, linewidth=2)
@@ -85,7 +86,7 @@ def draw_ablations(of_method: dict[str, list[float]], file: Path) -> None:
     """Final pass@1 of every seed, a line per method."""
     figure, axis = plt.subplots(figsize=(7.5, 0.9 + 0.32 * len(of_method)))
     for position, (method, values) in enumerate(of_method.items()):
-        color = COLORS.get(method, "#555555")
+        color = COLORS.get(method, OTHER)
         axis.scatter(values, [position] * len(values), s=16, color=color, alpha=0.7)
         axis.vlines(np.mean(values), position - 0.28, position + 0.28, color=color, linewidth=2)
     axis.set_yticks(range(len(of_method)), list(of_method))

@@ -28,13 +28,20 @@ def grouped(runs: list[Run], folder: Path) -> tuple[Groups, dict[str, Results], 
     """
     The runs that have been made.
 
+    Args:
+        runs: Of a setting and method, the ones with the tuned learning rate come first.
+        folder: Where their files are.
+
     Returns:
-        Compared runs by setting and method, ablated ones by method, and those of more steps.
+        Compared runs by setting and method, ablated ones by method, and those of more steps. Methods with another
+        learning rate than the tuned one have it in their name.
     """
     compared: Groups = {}
     ablated: dict[str, Results] = {}
     longer: Results = []
+    tuned: dict[tuple[str, str], float] = {}
     for run in runs:
+        learning_rate = tuned.setdefault((label(run), run.method), run.learning_rate)
         result = load(run, folder)
         if result is None:
             continue
@@ -43,7 +50,8 @@ def grouped(runs: list[Run], folder: Path) -> tuple[Groups, dict[str, Results], 
         elif run.steps > STEPS:
             longer.append(result)
         else:
-            compared.setdefault(label(run), {}).setdefault(run.method, []).append(result)
+            method = run.method if run.learning_rate == learning_rate else f"{run.method} at {run.learning_rate:g}"
+            compared.setdefault(label(run), {}).setdefault(method, []).append(result)
     return compared, ablated, longer
 
 
