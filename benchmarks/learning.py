@@ -114,7 +114,13 @@ def short_runs() -> list[Run]:
     ]
 
 
-STAGES = {"tune": tuning_runs, "compare": compared_runs, "ablate": ablated_runs, "check": checked_runs, "short": short_runs}
+STAGES = {
+    "tune": tuning_runs,
+    "compare": compared_runs,
+    "ablate": ablated_runs,
+    "check": checked_runs,
+    "short": short_runs,
+}
 
 
 def make_runs(runs: list[Run], folder: Path, jobs: int) -> None:

@@ -46,7 +46,9 @@ def draw_curves(by_method: dict[str, Results], title: str, file: Path) -> None:
             found = [part for pair in drawn for part in pair if quantity in part]
             for axis, horizontal in zip(row, AXES, strict=True):
                 for part in found:
-                    axis.plot(part[horizontal], part[quantity], color=COLORS.get(method, OTHER), linewidth=0.6, alpha=0.45)
+                    axis.plot(
+                        part[horizontal], part[quantity], color=COLORS.get(method, OTHER), linewidth=0.6, alpha=0.45
+                    )
                 if found:
                     means = [np.mean([part[name] for part in found], axis=0) for name in (horizontal, quantity)]
                     axis.plot(*means, color=COLORS.get(method, OTHER), linewidth=2, label=method)
