@@ -180,8 +180,12 @@ def targets_of(of_ours: dict[tuple[int, int], list[dict[str, Any]]]) -> list[Tar
     largest = of_ours[max(SIZES), PER_QUESTION]
     insert, draw = pooled(largest, "insert_microseconds"), pooled(largest, "draw_milliseconds")
     flat = draw.mean() / pooled(of_ours[min(SIZES), PER_QUESTION], "draw_milliseconds").mean()
+    low, high = np.quantile([value for run in largest for value in run["insert_microseconds"]], [0.1, 0.9])
+    cause = "" if insert.mean() <= 20 else f"{low:.0f} to {high:.0f} µs within a run, as the machine's speed changes"
     targets = [
-        Target("insert at 10^6 completions", "at most 20 µs", f"{with_spread(insert, 1)} µs", insert.mean() <= 20),
+        Target(
+            "insert at 10^6 completions", "at most 20 µs", f"{with_spread(insert, 1)} µs", insert.mean() <= 20, cause
+        ),
         Target("draw of 64 questions at 10^6", "at most 1 ms", f"{with_spread(draw)} ms", draw.mean() <= 1),
         Target("draw at 10^6 over draw at 10^4", "flat: at most 2", f"{flat:.2f}", flat <= 2),
     ]
