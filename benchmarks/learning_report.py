@@ -23,8 +23,8 @@ from benchmarks.learning_summary import (
 from benchmarks.plots import save
 from benchmarks.report import show, show_targets, write
 
-COLORS = {"grpo": "#888888", "shaped": "#d95f02", "balanced": "#1b7db8"}
-OTHER = "#555555"
+COLORS = {"grpo": "#999999", "shaped": "#d95f02", "balanced": "#1b7db8"}
+OTHER = "#222222"
 # Name of a quantity in a series, and its label.
 QUANTITIES = {
     "pass_at_1": "held-out pass@1",

@@ -21,7 +21,6 @@ if not __package__:  # run as a file: this folder would come first, and its prof
 
 import argparse
 import multiprocessing
-import resource
 import tempfile
 from typing import Any
 
@@ -48,7 +47,9 @@ def peak_memory(size: Size, method: Method, steps: int) -> float:
     transformers_logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         make_trainer(size, method, steps, folder).train()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Not `ru_maxrss`: it begins with the memory of the process that started this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 2**20
 
 
 def measure_memory(size: Size, methods: list[Method], repetitions: int) -> dict[str, list[float]]:

@@ -133,6 +133,15 @@ def test_steps_are_taken_in_turn_and_timed_by_phase(tmp_path, monkeypatch):
             assert (step.get("scoring", 0.0) > 1e-3) == (method.candidates == 2 and method.replay_fraction == 0.5)
 
 
+def test_peak_memory_is_that_of_the_process_itself():
+    pytest.importorskip("matplotlib", reason="the benchmarks draw: `make bench` installs what they need")
+    from benchmarks.step_cost import measure_memory
+
+    ballast = np.ones(2**28)  # 2 GiB that the measured process has no part in
+    (peaks,) = measure_memory(Size("tiny", 2, 4), [Method(0.5, 2)], repetitions=1).values()
+    assert 0.2 < peaks[0] < ballast.nbytes / 2**30
+
+
 def test_a_failing_trainer_ends_the_others(tmp_path, monkeypatch):
     def fail(completion_ids, **kwargs):
         raise ValueError("no reward")
