@@ -37,7 +37,7 @@ CANDIDATES = [GRPO, *(Method(0.5, candidates) for candidates in (1, 2, 4, 8))]
 TINY, SMOLLM2 = Size("tiny", num_questions=8, length=32), Size("SmolLM2-135M", num_questions=4, length=16)
 # Size, methods that take turns, steps of each that count.
 FULL = [(size, methods, steps) for size, steps in ((TINY, 40), (SMOLLM2, 6)) for methods in (FRACTIONS, CANDIDATES)]
-SHORT = [(TINY, FRACTIONS, 16), (TINY, CANDIDATES, 16), (SMOLLM2, [GRPO, Method(0.5, 1), Method(0.5, 4)], 3)]
+SHORT = [(TINY, FRACTIONS, 10), (TINY, CANDIDATES, 10), (SMOLLM2, [GRPO, Method(0.5, 1), Method(0.5, 4)], 2)]
 WARM_UP = 1
 STEP_AIM, MEMORY_AIM = 1.00, 1.02
 
@@ -58,7 +58,7 @@ def measure_memory(size: Size, methods: list[Method], repetitions: int) -> dict[
     for _ in range(repetitions):
         for method in methods:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                peaks[str(method)].append(pool.apply(peak_memory, (size, method, 3)))
+                peaks[str(method)].append(pool.apply(peak_memory, (size, method, 2)))
     return peaks
 
 
