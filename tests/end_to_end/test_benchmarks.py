@@ -6,6 +6,8 @@ import time
 import numpy as np
 import pytest
 
+pytest.importorskip("matplotlib", reason="the benchmarks draw: `make test` installs matplotlib, for the newest TRL")
+
 from benchmarks import hidden_operations, learning_run, learning_summary, steps
 from benchmarks.buffers import BUFFERS, groups
 from benchmarks.learning_run import Run
@@ -89,7 +91,6 @@ def test_every_method_of_the_learning_benchmark_runs(method, warmed_up, tmp_path
 
 
 def test_a_finished_run_is_not_made_again(tmp_path, capfd):
-    pytest.importorskip("matplotlib", reason="the report of the benchmark draws: `make bench` installs it")
     from benchmarks.learning import make_runs
 
     run = Run("bimodal", "grpo", 1e-4, seed=0)
@@ -134,7 +135,6 @@ def test_steps_are_taken_in_turn_and_timed_by_phase(tmp_path, monkeypatch):
 
 
 def test_peak_memory_is_that_of_the_process_itself():
-    pytest.importorskip("matplotlib", reason="the benchmarks draw: `make bench` installs what they need")
     from benchmarks.step_cost import measure_memory
 
     ballast = np.ones(2**28)  # 2 GiB that the measured process has no part in
@@ -186,7 +186,6 @@ def test_buffers_of_the_benchmark_hold_the_same(name, tmp_path):
 
 
 def test_the_documentation_shows_the_committed_results():
-    pytest.importorskip("matplotlib", reason="the benchmarks draw: `make bench` installs what they need")
     from benchmarks.tables import PAGE, RESULTS, filled
 
     page = PAGE.read_text()
