@@ -3,16 +3,25 @@ Runs a script as the launcher starts it, but on the CPU, and writes down what wa
 
     accelerate launch --config_file CONFIG launch_on_cpu.py MODE FOLDER SCRIPT ARGUMENTS
 
-After `train()` every process checks that the mode is engaged and writes `FOLDER/engaged-RANK.json`.
+After `train()` every process checks that the mode is engaged and writes `FOLDER/engaged-RANK.json`; with DDP, at the end,
+that no thread of Gloo is left, which may abort the process while Python ends. FSDP2 and DeepSpeed keep theirs.
 """
 
 import functools
+import gc
+import importlib
+import importlib.util
 import json
 import runpy
 import sys
 from pathlib import Path
 
 from ranks import assert_engaged, skip_compiled_communication, use_real_backends
+
+# Both have `group=WORLD` as default arguments. Imported when there is a group, they hold it to the end of Python.
+for name in ("torch.distributed.nn.functional", "deepspeed.comm.torch"):
+    if importlib.util.find_spec(name.partition(".")[0]):
+        importlib.import_module(name)
 
 mode, folder, script, *arguments = sys.argv[1:]
 use_real_backends()
@@ -40,3 +49,8 @@ ExGRPOTrainer.train = train_and_tell
 sys.argv = [script, *arguments]
 sys.path.insert(0, str(Path(script).parent))
 runpy.run_path(script, run_name="__main__")
+
+gc.collect()  # the trainer, which holds the group
+if mode == "ddp":
+    left = [path for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
+    assert not left, "something holds the process group"
