@@ -3,8 +3,8 @@ Runs a script as the launcher starts it, but on the CPU, and writes down what wa
 
     accelerate launch --config_file CONFIG launch_on_cpu.py MODE FOLDER SCRIPT ARGUMENTS
 
-After `train()` every process checks that the mode is engaged and writes `FOLDER/engaged-RANK.json`; with DDP, at the end,
-that no thread of Gloo is left, which may abort the process while Python ends. FSDP2 and DeepSpeed keep theirs.
+After `train()` every process checks that the mode is engaged and writes `FOLDER/engaged-RANK.json`. With DDP it checks
+at the end that no thread of Gloo is left, which may abort it while Python ends; FSDP2 and DeepSpeed keep theirs.
 """
 
 import functools
@@ -18,15 +18,15 @@ from pathlib import Path
 
 from ranks import assert_engaged, skip_compiled_communication, use_real_backends
 
-# Both have `group=WORLD` as default arguments. Imported when there is a group, they hold it to the end of Python.
-for name in ("torch.distributed.nn.functional", "deepspeed.comm.torch"):
-    if importlib.util.find_spec(name.partition(".")[0]):
-        importlib.import_module(name)
-
 mode, folder, script, *arguments = sys.argv[1:]
 use_real_backends()
 if mode.startswith("zero"):
     skip_compiled_communication()
+if mode == "ddp":
+    # Both have `group=WORLD` as default arguments. Imported when there is a group, they hold it to the end of Python.
+    for name in ("torch.distributed.nn.functional", "deepspeed.comm.torch"):
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
 
 from exgrpo_trl import ExGRPOTrainer  # noqa: E402
 
