@@ -37,7 +37,7 @@ CANDIDATES = [GRPO, *(Method(0.5, candidates) for candidates in (1, 2, 4, 8))]
 TINY, SMOLLM2 = Size("tiny", num_questions=8, length=32), Size("SmolLM2-135M", num_questions=4, length=16)
 # Size, methods that take turns, steps of each that count.
 FULL = [(size, methods, steps) for size, steps in ((TINY, 40), (SMOLLM2, 6)) for methods in (FRACTIONS, CANDIDATES)]
-SHORT = [(TINY, FRACTIONS, 10), (TINY, CANDIDATES, 10), (SMOLLM2, [GRPO, Method(0.5, 1), Method(0.5, 4)], 2)]
+SHORT = [(TINY, FRACTIONS, 8), (TINY, CANDIDATES, 8), (SMOLLM2, [GRPO, Method(0.5, 1), Method(0.5, 4)], 2)]
 WARM_UP = 1
 STEP_AIM, MEMORY_AIM = 1.00, 1.02
 
