@@ -10,8 +10,11 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw: `make test` insta
 
 from benchmarks import hidden_operations, learning_run, learning_summary, steps
 from benchmarks.buffers import BUFFERS, groups
+from benchmarks.learning import make_runs
 from benchmarks.learning_run import Run
+from benchmarks.step_cost import measure_memory
 from benchmarks.steps import Method, Size
+from benchmarks.tables import PAGE, RESULTS, filled
 
 
 def by_hand(name: str, digits: list[int]) -> list[int]:
@@ -91,8 +94,6 @@ def test_every_method_of_the_learning_benchmark_runs(method, warmed_up, tmp_path
 
 
 def test_a_finished_run_is_not_made_again(tmp_path, capfd):
-    from benchmarks.learning import make_runs
-
     run = Run("bimodal", "grpo", 1e-4, seed=0)
     run.file(tmp_path).write_text("{}")
     make_runs([run], tmp_path, jobs=1)
@@ -135,8 +136,6 @@ def test_steps_are_taken_in_turn_and_timed_by_phase(tmp_path, monkeypatch):
 
 
 def test_peak_memory_is_that_of_the_process_itself():
-    from benchmarks.step_cost import measure_memory
-
     ballast = np.ones(2**28)  # 2 GiB that the measured process has no part in
     (peaks,) = measure_memory(Size("tiny", 2, 4), [Method(0.5, 2)], repetitions=1).values()
     assert 0.2 < peaks[0] < ballast.nbytes / 2**30
@@ -186,8 +185,6 @@ def test_buffers_of_the_benchmark_hold_the_same(name, tmp_path):
 
 
 def test_the_documentation_shows_the_committed_results():
-    from benchmarks.tables import PAGE, RESULTS, filled
-
     page = PAGE.read_text()
     assert filled(page, RESULTS) == page, "run python -m benchmarks.tables"
     assert "| buffer | completions |" in page
