@@ -18,7 +18,6 @@ if not __package__:  # run as a file: this folder would come first, and its prof
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import multiprocessing
 import resource
 import tempfile
 import time
@@ -29,6 +28,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.buffers import BUFFERS, groups, remove, size_on_disk
+from benchmarks.fresh_process import in_a_fresh_process
 from benchmarks.plots import draw_buffer_scale
 from benchmarks.report import Target, machine, show, show_targets, with_spread, write
 
@@ -127,10 +127,10 @@ def file_speed(path: Path) -> dict[str, float]:
     return {"parquet_write_seconds": writing, "parquet_read_seconds": reading, "disk_write_seconds": disk}
 
 
-def in_a_process(task: tuple[str, int, int]) -> dict[str, Any]:
+def measured(task: tuple[str, int, int]) -> dict[str, Any]:
     """Measure in a fresh process, and print a line."""
-    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
-        result = pool.apply(measure, (*task, folder))
+    with tempfile.TemporaryDirectory() as folder:
+        result = in_a_fresh_process(measure, *task, folder)
     print(
         f"{task}: insert {np.median(result['insert_microseconds']):.1f} us, draw "
         f"{np.median(result['draw_milliseconds']):.2f} ms, save {result['save_seconds']:.1f} s, load "
@@ -232,7 +232,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tasks = SHORT if arguments.short else FULL
     repetitions = 1 if arguments.short else arguments.repetitions
-    results = [in_a_process(task) for _ in range(repetitions) for task in tasks]
+    results = [measured(task) for _ in range(repetitions) for task in tasks]
 
     show(f"{DRAWN} questions drawn, completions of 250 to 750 tokens", COLUMNS, table_rows(results))
     targets = targets_of({task[1:]: runs for task, runs in by_task(results).items() if task[0] == OURS})

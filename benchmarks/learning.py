@@ -24,13 +24,13 @@ if not __package__:  # run as a file: this folder would come first, and its prof
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import functools
 import json
-import multiprocessing
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
+from benchmarks.fresh_process import in_a_fresh_process
 from benchmarks.learning_report import report
 from benchmarks.learning_run import METHODS, SETTINGS, Run, finish, warm_up_folder
 from benchmarks.learning_summary import COMPARED
@@ -126,10 +126,15 @@ def make_runs(runs: list[Run], folder: Path, jobs: int) -> None:
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are there.", flush=True)
     # Before the runs, so that no two of them make the same one.
     warm_ups = sorted({(SETTINGS[run.setting][0], run.warm_up) for run in missing})
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        pool.map(warm_up_folder, warm_ups, chunksize=1)
-        for number, line in enumerate(pool.imap_unordered(functools.partial(finish, folder=folder), missing), 1):
-            print(f"[{number}/{len(missing)}, {time.perf_counter() - start:.0f} s] {line}", flush=True)
+    with ThreadPoolExecutor(jobs) as at_a_time:
+        try:
+            list(at_a_time.map(lambda warm_up: in_a_fresh_process(warm_up_folder, warm_up), warm_ups))
+            lines = [at_a_time.submit(in_a_fresh_process, finish, run, folder) for run in missing]
+            for number, line in enumerate(as_completed(lines), 1):
+                print(f"[{number}/{len(missing)}, {time.perf_counter() - start:.0f} s] {line.result()}", flush=True)
+        except BaseException:
+            at_a_time.shutdown(cancel_futures=True)  # no run begins after one that failed
+            raise
 
 
 def main() -> None:

@@ -20,13 +20,13 @@ if not __package__:  # run as a file: this folder would come first, and its prof
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import multiprocessing
 import tempfile
 from typing import Any
 
 import numpy as np
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.fresh_process import in_a_fresh_process
 from benchmarks.plots import draw_step_cost
 from benchmarks.report import Target, machine, middle, show, show_targets, with_spread, write
 from benchmarks.steps import PHASES, Method, Size, make_trainer, steps_in_turn
@@ -57,8 +57,7 @@ def measure_memory(size: Size, methods: list[Method], repetitions: int) -> dict[
     peaks: dict[str, list[float]] = {str(method): [] for method in methods}
     for _ in range(repetitions):
         for method in methods:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                peaks[str(method)].append(pool.apply(peak_memory, (size, method, 2)))
+            peaks[str(method)].append(in_a_fresh_process(peak_memory, size, method, 2))
     return peaks
 
 

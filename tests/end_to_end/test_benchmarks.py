@@ -1,15 +1,18 @@
 """The benchmarks measure what they say: small forms of them, checked against computations by hand."""
 
 import json
+import os
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib", reason="the benchmarks draw: `make test` installs matplotlib, for the newest TRL")
 
-from benchmarks import hidden_operations, learning_run, learning_summary, steps
+from benchmarks import hidden_operations, learning, learning_run, learning_summary, steps
 from benchmarks.buffers import BUFFERS, groups
+from benchmarks.fresh_process import in_a_fresh_process
 from benchmarks.learning import make_runs
 from benchmarks.learning_run import Run
 from benchmarks.step_cost import measure_memory
@@ -139,6 +142,26 @@ def test_peak_memory_is_that_of_the_process_itself():
     ballast = np.ones(2**28)  # 2 GiB that the measured process has no part in
     (peaks,) = measure_memory(Size("tiny", 2, 4), [Method(0.5, 2)], repetitions=1).values()
     assert 0.2 < peaks[0] < ballast.nbytes / 2**30
+
+
+def test_a_killed_measurement_is_an_error_and_no_wait():
+    with pytest.raises(BrokenProcessPool):
+        in_a_fresh_process(os._exit, 9)
+
+
+def test_no_learning_run_begins_after_one_that_failed(tmp_path, monkeypatch):
+    begun = []
+
+    def fail(function, run, *arguments):
+        if function is learning.finish:
+            begun.append(run)
+            time.sleep(0.1)
+            raise MemoryError(run)
+
+    monkeypatch.setattr(learning, "in_a_fresh_process", fail)
+    with pytest.raises(MemoryError):
+        make_runs([Run("bimodal", "grpo", 1e-4, seed) for seed in range(9)], tmp_path, jobs=1)
+    assert 1 <= len(begun) <= 3
 
 
 def test_a_failing_trainer_ends_the_others(tmp_path, monkeypatch):
