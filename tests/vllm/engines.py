@@ -173,6 +173,7 @@ def use_engines_on_cpu(shared: bool = True) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     layers.dispatch_cpu_unquantized_gemm = plain
+    use_shared_memory_of_its_own()
     make_engine, engines = module.LLM, {}
 
     def make_on_cpu(model: str, **options: Any) -> Any:
@@ -182,6 +183,28 @@ def use_engines_on_cpu(shared: bool = True) -> None:
         return engines[model]
 
     module.LLM = make_on_cpu
+
+
+def use_shared_memory_of_its_own() -> None:
+    """
+    Keep tensor parallel engines of other processes apart.
+
+    Within a trainer, vLLM gives the shared memory of all engines the same name, refuses a name that is taken, and
+    frees it when Python ends, which a rank of a test never sees.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as SharedMemory
+
+    make_name, start = SharedMemory.make_group_name, SharedMemory._init_cpu_shm
+
+    def make_own_name(communicator: Any) -> str:
+        return f"{os.environ['MASTER_PORT']}-{make_name(communicator).lstrip('/')}"
+
+    def start_and_free_name(self: Any) -> int:
+        handle = start(self)  # returns when all ranks have opened the memory of all
+        Path("/dev/shm", f"{self.group_name}_{self.communicator.rank}").unlink(missing_ok=True)
+        return handle
+
+    SharedMemory.make_group_name, SharedMemory._init_cpu_shm = staticmethod(make_own_name), start_and_free_name
 
 
 @contextmanager
