@@ -180,7 +180,7 @@ def targets_of(compared: dict[str, dict[str, dict[str, Any]]]) -> list[Target]:
                 "balanced above GRPO" + (" in all seeds" if to_be_apart and len(plain) > 1 else ""),
                 f"{with_spread(balanced, 3)} against {with_spread(plain, 3)}",
                 is_met,
-                "" if is_met else f"lowest seed {balanced.min():.3f}, highest of GRPO {plain.max():.3f}",
+                f"lowest seed {balanced.min():.3f}, highest of GRPO {plain.max():.3f}",
             )
         )
     return targets

@@ -26,14 +26,14 @@ class Target:
         aim: What was aimed at, as text.
         measured: What came out, as text with its spread.
         is_met: Whether the aim was reached.
-        cause: Why not, where it was missed.
+        cause: What decides it; shown where it was missed.
     """
 
     name: str
     aim: str
     measured: str
     is_met: bool
-    cause: str = ""
+    cause: str
 
 
 def machine() -> dict[str, Any]:
@@ -109,7 +109,7 @@ TARGET_COLUMNS = ["what", "aim", "measured", "met", "cause"]
 
 def target_rows(targets: list[Target]) -> list[list[str]]:
     """A row per target."""
-    return [[t.name, t.aim, t.measured, "yes" if t.is_met else "MISSED", t.cause] for t in targets]
+    return [[t.name, t.aim, t.measured, *(("yes", "") if t.is_met else ("MISSED", t.cause))] for t in targets]
 
 
 def targets_in(file: Path) -> list[Target]:

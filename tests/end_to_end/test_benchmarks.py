@@ -10,11 +10,12 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the benchmarks draw: `make test` installs matplotlib, for the newest TRL")
 
-from benchmarks import hidden_operations, learning, learning_run, learning_summary, steps
+from benchmarks import buffer_scale, hidden_operations, learning, learning_run, learning_summary, steps
 from benchmarks.buffers import BUFFERS, groups
 from benchmarks.fresh_process import in_a_fresh_process
 from benchmarks.learning import make_runs
 from benchmarks.learning_run import Run
+from benchmarks.report import target_rows
 from benchmarks.step_cost import measure_memory
 from benchmarks.steps import Method, Size
 from benchmarks.tables import PAGE, RESULTS, filled
@@ -205,6 +206,36 @@ def test_buffers_of_the_benchmark_hold_the_same(name, tmp_path):
     assert stored == (600, sum(tokens))
     if name != "torchrl":
         assert buffer.evict_older_than(1) == 128 * 3
+
+
+def test_targets_of_the_buffer_are_judged_as_computed_by_hand():
+    good = {
+        "buffer": "exgrpo-trl",
+        "tokens": 10**6 * 500,
+        "completions": 10**6,
+        "insert_microseconds": [15.0, 19.0, 90.0],  # the median of a run counts
+        "draw_milliseconds": [0.5],
+        "cold_draw_milliseconds": [0.7],
+        "overhead_bytes_per_completion": 449.0,
+        "save_seconds": 19.0,
+        "load_seconds": 19.0,
+        "parquet_write_seconds": 10.0,
+        "parquet_read_seconds": 10.0,
+    }
+    small = good | {"draw_milliseconds": [0.3]}
+    bad = good | {"insert_microseconds": [21.0], "overhead_bytes_per_completion": 451.0, "load_seconds": 21.0}
+    bad["draw_milliseconds"] = [1.1]
+    met = target_rows(buffer_scale.targets_of({(10**4, 4): [small], (10**6, 4): [good]}))
+    assert [row[-2:] for row in met] == [["yes", ""]] * 6
+    missed = target_rows(buffer_scale.targets_of({(10**4, 4): [small], (10**6, 4): [bad]}))
+    assert [row[0].split()[0] for row in missed if row[-2] == "MISSED" and row[-1]] == [
+        "insert", "draw", "draw", "memory", "load",
+    ]  # fmt: skip
+    # 600 bytes more with three quarters of a question more: a question takes 800.
+    both = buffer_scale.targets_of(
+        {(10**4, 4): [small], (10**6, 4): [good], (10**6, 1): [good | {"overhead_bytes_per_completion": 1049.0}]}
+    )
+    assert "each question takes 800 bytes" in target_rows(both)[4][-1]
 
 
 def test_the_documentation_shows_the_committed_results():
