@@ -29,14 +29,14 @@ from transformers.utils import logging as transformers_logging
 
 import exgrpo_trl
 from benchmarks.report import show
-from benchmarks.steps import PHASES, Method, Size, StepTimes, Turns, make_trainer, watch_phases
+from benchmarks.steps import PHASES, Method, Size, StepTimes, make_trainer, watch_phases
 
 PACKAGE = str(Path(exgrpo_trl.__file__).parent)
 
 
 def phase_rows(size: Size, method: Method, steps: int, folder: str) -> list[list[str]]:
     """Milliseconds of each phase, and its share of a step."""
-    times = StepTimes(str(method), Turns([str(method)]))
+    times = StepTimes()
     trainer = make_trainer(size, method, steps + 2, folder)
     watch_phases(trainer, times.stopwatch.watch)
     trainer.add_callback(times)
