@@ -4,9 +4,10 @@ What replay costs: seconds per optimizer step of ExGRPO beside TRL's GRPO, by ph
     python -m benchmarks.step_cost --output benchmarks/results/step_cost.json
     python -m benchmarks.step_cost --short
 
-All trainers live in one process and take their steps in turn, so that whatever slows the machine down slows all of
-them down alike; the ratio of each turn is taken by itself. Every completion has the same length, and the buffer holds
-the same number of stored completions for every question throughout. Peak memory is that of a process of its own.
+All trainers live in one thread of one process and take their steps in turn, so that whatever slows the machine down
+slows all of them down alike; the ratio of each turn is taken by itself. Every completion has the same length, and the
+buffer holds the same number of stored completions for every question throughout. Peak memory is that of a process of
+its own.
 """
 
 import os
@@ -29,15 +30,22 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.fresh_process import in_a_fresh_process
 from benchmarks.plots import draw_step_cost
 from benchmarks.report import Target, machine, middle, show, show_targets, with_spread, write
-from benchmarks.steps import PHASES, Method, Size, make_trainer, steps_in_turn
+from benchmarks.steps import GROUP_SIZE, PHASES, Method, Size, make_trainer, steps_in_turn
 
 GRPO = Method()
 FRACTIONS = [GRPO, *(Method(fraction, 4) for fraction in (0.0, 0.25, 0.5, 0.75))]
 CANDIDATES = [GRPO, *(Method(0.5, candidates) for candidates in (1, 2, 4, 8))]
-TINY, SMOLLM2 = Size("tiny", num_questions=8, length=32), Size("SmolLM2-135M", num_questions=4, length=16)
+TINY, TINY_128, TINY_384 = (Size("tiny", num_questions=8, length=length) for length in (32, 128, 384))
+SMOLLM2, SMOLLM2_64 = (Size("SmolLM2-135M", num_questions=4, length=length) for length in (16, 64))
 # Size, methods that take turns, steps of each that count.
-FULL = [(size, methods, steps) for size, steps in ((TINY, 40), (SMOLLM2, 6)) for methods in (FRACTIONS, CANDIDATES)]
-SHORT = [(TINY, FRACTIONS, 8), (TINY, CANDIDATES, 8), (SMOLLM2, [GRPO, Method(0.5, 1), Method(0.5, 4)], 2)]
+FULL = [
+    (TINY, FRACTIONS, 40), (TINY, CANDIDATES, 40), (TINY_128, CANDIDATES, 20), (TINY_384, CANDIDATES, 10),
+    (SMOLLM2, FRACTIONS, 5), (SMOLLM2, CANDIDATES, 10), (SMOLLM2_64, CANDIDATES, 5),
+]  # fmt: skip
+SHORT = [
+    (TINY, FRACTIONS, 8), (TINY, CANDIDATES, 8), (TINY_128, [GRPO, Method(0.5, 1), Method(0.5, 4)], 4),
+    (SMOLLM2, [GRPO, Method(0.5, 1), Method(0.5, 4)], 3),
+]  # fmt: skip
 WARM_UP = 1
 STEP_AIM, MEMORY_AIM = 1.00, 1.02
 
@@ -71,11 +79,6 @@ def ratios(steps: dict[str, list[dict[str, float]]], name: str) -> np.ndarray:
     return seconds_of(steps, name, "total") / seconds_of(steps, str(GRPO), "total")
 
 
-def difference(steps: dict[str, list[dict[str, float]]], name: str, phase: str) -> np.ndarray:
-    """Seconds that a phase takes more than with GRPO, turn by turn."""
-    return seconds_of(steps, name, phase) - seconds_of(steps, str(GRPO), phase)
-
-
 COLUMNS = ["method", "seconds", "of GRPO", *PHASES]
 
 
@@ -89,33 +92,79 @@ def table_rows(steps: dict[str, list[dict[str, float]]]) -> list[list[str]]:
     return rows
 
 
+def by_size(results: list[dict[str, Any]]) -> dict[Size, list[dict[str, list[dict[str, float]]]]]:
+    """The measurements of each size."""
+    grouped: dict[Size, list[dict[str, list[dict[str, float]]]]] = {}
+    for result in results:
+        if "steps" in result:
+            grouped.setdefault(Size(**result["size"]), []).append(result["steps"])
+    return grouped
+
+
+def completion_seconds(size: Size, method: Method, measured: list[dict[str, list[dict[str, float]]]]) -> list[float]:
+    """Median seconds that GRPO takes to generate a completion, and a method with replay to score one."""
+    generation = [step["generation"] for steps in measured for step in steps[str(GRPO)]]
+    scoring = [step.get("scoring", 0.0) for steps in measured for step in steps.get(str(method), ())]
+    scored = num_replayed(size, method) * method.candidates
+    return [float(np.median(generation)) / (size.num_questions * GROUP_SIZE), float(np.median(scoring)) / scored]
+
+
+def num_replayed(size: Size, method: Method) -> int:
+    """Questions of a batch that are replayed: the completions that are not generated."""
+    return int((method.replay_fraction or 0.0) * size.num_questions)
+
+
+PRICE_COLUMNS = ["completions", "one generated, ms", "one scored, ms", "scored at the price of one generated"]
+
+
+def price_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """A row per size: what a completion costs to generate and to score, with eight stored of each question."""
+    method, rows = Method(0.5, 8), []
+    for size, measured in by_size(results).items():
+        if any(str(method) in steps for steps in measured):
+            generated, scored = completion_seconds(size, method, measured)
+            name = f"{size.model}, {size.length} tokens"
+            rows.append([name, f"{1000 * generated:.2f}", f"{1000 * scored:.2f}", f"{generated / scored:.1f}"])
+    return rows
+
+
+def cause_of(size: Size, method: Method, measured: list[dict[str, list[dict[str, float]]]]) -> str:
+    """What is scored and what is not generated, and how the other phases differ from those of GRPO."""
+    generated, scored = (1000 * seconds for seconds in completion_seconds(size, method, measured))
+    saved = num_replayed(size, method)
+    total = np.median([step["total"] for steps in measured for step in steps[str(GRPO)]])
+
+    def more(*phases: str) -> float:
+        """Share of a step that phases take more, turn by turn."""
+        differences = [
+            sum(seconds_of(steps, str(method), phase) - seconds_of(steps, str(GRPO), phase) for phase in phases)
+            for steps in measured
+        ]
+        return float(np.median(np.concatenate(differences)) / total)
+
+    return (
+        (f"{saved * method.candidates} scored at {scored:.3g} ms" if method.candidates > 1 else "nothing scored")
+        + f", {saved} not generated at {generated:.3g} ms; bookkeeping {more('collection', 'selection', 'rest'):+.1%},"
+        f" loss and optimizer {more('loss', 'optimizer'):+.1%} of a step"
+    )
+
+
 def targets_of(results: list[dict[str, Any]]) -> list[Target]:
     """The aims for replaying half of the questions. Several measurements of one method count together."""
-    together: dict[tuple[str, str], list[dict[str, list[dict[str, float]]]]] = {}
-    for result in results:
-        for name in result.get("steps", ()):
-            together.setdefault((result["size"]["model"], name), []).append(result["steps"])
     targets = []
-    for model, candidates in ((size.model, candidates) for size in (TINY, SMOLLM2) for candidates in (1, 2, 4, 8)):
-        name = str(Method(0.5, candidates))
-        measured = together.get((model, name), [])
-        if not measured:
-            continue
-        ratio = np.concatenate([ratios(steps, name) for steps in measured])
-        step_seconds = np.median([step["total"] for steps in measured for step in steps[str(GRPO)]])
-        more = {
-            phase: np.median(np.concatenate([difference(steps, name, phase) for steps in measured])) / step_seconds
-            for phase in PHASES
-        }
-        largest = sorted(more.items(), key=lambda item: -abs(item[1]))[:3]
-        cause = ", ".join(f"{phase} {share:+.1%} of a step" for phase, share in largest)
-        targets.append(
-            Target(
-                f"step, {model}, half replayed, {candidates} stored of each question",
-                f"at most {STEP_AIM:.2f} of GRPO", middle(ratio, 3), bool(np.median(ratio) <= STEP_AIM),
-                cause,
-            )
-        )  # fmt: skip
+    for size, all_measured in by_size(results).items():
+        for method in CANDIDATES[1:]:
+            measured = [steps for steps in all_measured if str(method) in steps]
+            if not measured:
+                continue
+            ratio = np.concatenate([ratios(steps, str(method)) for steps in measured])
+            targets.append(
+                Target(
+                    f"step, {size.model}, {size.length} tokens, half replayed, {method.candidates} stored of each",
+                    f"at most {STEP_AIM:.2f} of GRPO", middle(ratio, 3), bool(np.median(ratio) <= STEP_AIM),
+                    cause_of(size, method, measured),
+                )
+            )  # fmt: skip
     for result in results:
         if "peak_memory_gib" not in result:
             continue
@@ -152,6 +201,7 @@ def main() -> None:
         repetitions = 1 if arguments.short else 2
         memory = measure_memory(size, [GRPO, Method(0.5, 8)], repetitions)
         results.append({"size": vars(size), "peak_memory_gib": memory})
+    show("What a completion costs, half replayed, 8 stored of each", PRICE_COLUMNS, price_rows(results))
     targets = targets_of(results)
     show_targets(targets)
     write(arguments.output, settings={"short": arguments.short, "warm_up": WARM_UP}, results=results, targets=targets)

@@ -227,7 +227,7 @@ def steps_in_turn(
     size: Size, methods: Sequence[Method], steps: int, warm_up: int, output_dir: Path | str
 ) -> dict[str, list[dict[str, float]]]:
     """
-    Train with every method, one step of each in turn, all in one thread.
+    Train with every method, one step of each in turn, all in one thread. Every turn begins with another one.
 
     With a thread for each trainer, every one of them has OpenMP threads of its own. Together they are more than there
     are cores, so that OpenMP no longer spins between two operations but sleeps, and generation, which consists of
@@ -257,10 +257,15 @@ def steps_in_turn(
         return times.steps[warm_up:]
 
     trainings = {method: greenlet.greenlet(train) for method in methods}
+    measured = {}
     try:
-        measured = {method: training.switch(method) for method, training in trainings.items()}  # to the first step
-        while not all(training.dead for training in trainings.values()):
-            measured = {method: training.switch() for method, training in trainings.items()}
+        for training, method in zip(trainings.values(), methods, strict=True):
+            training.switch(method)  # to its first step
+        for turn in range(warm_up + steps):
+            # Nobody is always the one to follow the same other.
+            for i in range(len(methods)):
+                method = methods[(turn + i) % len(methods)]
+                measured[method] = trainings[method].switch()
         return {str(method): measured[method] for method in methods}
     finally:
         for training in trainings.values():

@@ -48,6 +48,8 @@ def step_cost_tables(content: dict[str, Any]) -> Iterator[str]:
             count = len(next(iter(result["steps"].values())))
             yield f"**{size['model']}**, {batch}, {count} steps of each; median milliseconds by phase:"
             yield markdown(step_cost.COLUMNS, step_cost.table_rows(result["steps"]))
+    yield "What a completion costs, with eight stored of each question:"
+    yield markdown(step_cost.PRICE_COLUMNS, step_cost.price_rows(content["results"]))
     memory = [result for result in content["results"] if "peak_memory_gib" in result]
     if memory:
         yield "Peak resident memory, GiB:"

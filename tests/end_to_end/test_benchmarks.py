@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
 
@@ -124,12 +125,22 @@ def test_generated_tokens_are_those_that_were_not_replayed():
 
 
 def test_steps_are_taken_in_turn_and_timed_by_phase(tmp_path, monkeypatch):
-    order = []
+    order, threads = [], set()
     begin = steps.StepTimes.begin
-    monkeypatch.setattr(steps.StepTimes, "begin", lambda self: (begin(self), order.append(self.name))[0])
+
+    def watched(times):
+        order.append(id(times))
+        threads.add(threading.get_ident())
+        begin(times)
+
+    monkeypatch.setattr(steps.StepTimes, "begin", watched)
     methods = [Method(), Method(0.0, 2), Method(0.5, 1), Method(0.5, 2)]
     measured = steps.steps_in_turn(Size("tiny", 2, 4), methods, steps=2, warm_up=1, output_dir=tmp_path)
-    assert order == [str(method) for method in methods] * 3
+    a, b, c, d = order[:4]
+    assert len({a, b, c, d}) == 4
+    assert order[4:] == [b, c, d, a, c, d, a, b]
+    # A thread of its own for each would double the time of generation: OpenMP keeps a team of threads for each.
+    assert threads == {threading.get_ident()}
     for method in methods:
         assert len(measured[str(method)]) == 2
         for step in measured[str(method)]:
