@@ -5,6 +5,7 @@ Does replay learn more? GRPO and ExGRPO on hidden operations, through the traine
     python -m benchmarks.learning --stage compare    # every setting, method and seed: 105 runs
     python -m benchmarks.learning --stage ablate     # what makes the difference on the bimodal task: 27 runs
     python -m benchmarks.learning --stage check      # GRPO at the learning rate of the balanced weighting: 15 runs
+    python -m benchmarks.learning --stage extend     # 600 steps where the curves still rise at 300: 15 runs
     python -m benchmarks.learning --stage report     # tables, plots and targets of what is there
     python -m benchmarks.learning --stage short      # three runs of 125 steps and their report
 
@@ -32,7 +33,7 @@ import numpy as np
 
 from benchmarks.fresh_process import in_a_fresh_process
 from benchmarks.learning_report import report
-from benchmarks.learning_run import METHODS, SETTINGS, Run, finish, warm_up_folder
+from benchmarks.learning_run import EQUAL_TIME_STEPS, EXTENDED_STEPS, METHODS, SETTINGS, Run, finish, warm_up_folder
 from benchmarks.learning_summary import COMPARED
 from benchmarks.report import RESULTS, ROOT
 
@@ -88,7 +89,8 @@ def compared_runs() -> list[Run]:
 def ablated_runs() -> list[Run]:
     """Three seeds of everything else on the bimodal task, with the learning rate of the balanced weighting or GRPO."""
     # For a comparison at equal wall-clock: read where it has taken as long as the others.
-    longer = [Run("bimodal", "grpo", best_learning_rate("bimodal", "grpo"), seed, steps=450) for seed in range(3)]
+    learning_rate = best_learning_rate("bimodal", "grpo")
+    longer = [Run("bimodal", "grpo", learning_rate, seed, steps=EQUAL_TIME_STEPS) for seed in range(3)]
     others = [method for method in METHODS if method not in COMPARED]
     tuned_as = {method: "grpo" if method.startswith("grpo") else "balanced" for method in others}
     return longer + [
@@ -105,6 +107,15 @@ def checked_runs() -> list[Run]:
     return [Run(setting, "grpo", learning_rate, seed) for setting in settings for seed in range(5)]
 
 
+def extended_runs() -> list[Run]:
+    """Even-0.9 for longer, where all curves still rise at the end of the comparison."""
+    return [
+        Run("even-0.9", method, best_learning_rate(TUNED_ON["even-0.9"], method), seed, steps=EXTENDED_STEPS)
+        for seed in range(5)
+        for method in COMPARED
+    ]
+
+
 def short_runs() -> list[Run]:
     """One seed of each compared method on bimodal, not half as long."""
     return [Run("bimodal", method, best_learning_rate("bimodal", method), 0, steps=125) for method in COMPARED]
@@ -115,6 +126,7 @@ STAGES = {
     "compare": compared_runs,
     "ablate": ablated_runs,
     "check": checked_runs,
+    "extend": extended_runs,
     "short": short_runs,
 }
 
@@ -150,7 +162,7 @@ def main() -> None:
         report(short_runs(), [], folder, folder.with_suffix(".json"), plots=folder)
     elif arguments.stage == "report":
         report(
-            compared_runs() + ablated_runs() + checked_runs(),
+            compared_runs() + ablated_runs() + checked_runs() + extended_runs(),
             tuning_runs(),
             folder,
             folder.with_suffix(".json"),

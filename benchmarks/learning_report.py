@@ -120,7 +120,8 @@ def report(runs: list[Run], tuning_runs: list[Run], folder: Path, output: Path, 
     }
     show("Held-out questions at the end", COMPARISON_COLUMNS, comparison_rows(summary["compared"]))
     for name, by_method in compared.items():
-        draw_curves(by_method, f"Hidden operations, {name}", plots / f"learning_{name.replace(', warm-up ', '_')}.png")
+        file = name.replace(", warm-up ", "_").replace(", ", "_").replace(" steps", "")
+        draw_curves(by_method, f"Hidden operations, {name}", plots / f"learning_{file}.png")
     draw_finals(
         {name: {method: final(results) for method, results in of.items()} for name, of in compared.items()},
         "Hidden operations", plots / "learning.png",

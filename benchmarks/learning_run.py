@@ -51,6 +51,8 @@ LOGGED = (
     "replay/tokens_saved", "replay/candidates_scored", "replay/effective_sample_size", "replay/staleness_mean",
 )  # fmt: skip
 STEPS, EVERY = 300, 25
+EQUAL_TIME_STEPS = 450  # GRPO on bimodal: more than replay has time for
+EXTENDED_STEPS = 600  # where the curves still rise after 300
 ROWS = 256  # completions of a step: 32 questions, 8 of each
 NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 4000, 256, 8
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the benchmarks draw: `make test` installs matplotlib, for the newest TRL")
 
-from benchmarks import buffer_scale, hidden_operations, learning, learning_run, learning_summary, steps
+from benchmarks import buffer_scale, hidden_operations, learning, learning_run, learning_summary, step_cost, steps
 from benchmarks.buffers import BUFFERS, groups
 from benchmarks.fresh_process import in_a_fresh_process
 from benchmarks.learning import make_runs
@@ -247,6 +247,46 @@ def test_targets_of_the_buffer_are_judged_as_computed_by_hand():
         {(10**4, 4): [small], (10**6, 4): [good], (10**6, 1): [good | {"overhead_bytes_per_completion": 1049.0}]}
     )
     assert "each question takes 800 bytes" in target_rows(both)[4][-1]
+
+
+def test_targets_of_learning_are_judged_as_computed_by_hand():
+    plain = {"seeds": [0, 1, 2], "pass_at_1": [0.2, 0.4, 0.3]}
+    apart = {"seeds": [0, 1, 2], "pass_at_1": [0.41, 0.7, 0.9]}
+    mixed = {"seeds": [2, 1, 0], "pass_at_1": [0.9, 0.39, 0.25]}  # ahead on average, not in seed 1
+    judged = learning_summary.targets_of(
+        {
+            "bimodal": {"grpo": plain, "balanced": apart},
+            "even": {"grpo": plain, "balanced": mixed},
+            "even-0.9, warm-up 2": {"grpo": plain, "balanced": mixed},
+            "even-0.97": {"grpo": mixed, "balanced": plain},
+            "even-0.5": {"grpo": plain},
+        }
+    )
+    assert [(target.name, target.is_met) for target in judged] == [
+        ("pass@1, bimodal", True), ("pass@1, even", True), ("pass@1, even-0.9, warm-up 2", False),
+        ("pass@1, even-0.97", False),
+    ]  # fmt: skip
+    assert judged[2].cause == (
+        "ahead on the same questions in 2 of 3 seeds; lowest 0.25, where GRPO has 0.20; highest of GRPO 0.40, where "
+        "balanced has 0.39"
+    )
+
+
+def test_targets_of_step_cost_are_judged_as_computed_by_hand():
+    def seconds(total, scoring=0.0, generation=1.6, **others):
+        return {"total": total, "generation": generation, "scoring": scoring, "loss": 1.0, **others}
+
+    steps_taken = {
+        "GRPO": [seconds(3.0), seconds(3.0), seconds(6.0)],
+        "ExGRPO 0.5, 1 stored": [seconds(2.9, collection=0.1), seconds(2.9), seconds(6.2)],
+        "ExGRPO 0.5, 4 stored": [seconds(3.3, scoring=0.4, collection=0.3)] * 3,
+    }
+    size = {"model": "tiny", "num_questions": 4, "length": 32}
+    one, four = step_cost.targets_of([{"size": size, "steps": steps_taken}])
+    assert (one.is_met, four.is_met) == (True, False)  # the middle of 2.9 / 3, 2.9 / 3, 6.2 / 6; of 1.1, 1.1, 0.55
+    # 1.6 s for 32 completions; 0.4 s for four of each of two questions; 0.3 of 3 s.
+    assert four.cause.startswith("8 scored at 50 ms, 2 not generated at 50 ms; bookkeeping +10.0%, loss")
+    assert one.cause.startswith("nothing scored, 2 not generated at 50 ms; bookkeeping +0.0%")
 
 
 def test_the_documentation_shows_the_committed_results():
