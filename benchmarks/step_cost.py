@@ -32,6 +32,8 @@ from benchmarks.plots import draw_step_cost
 from benchmarks.report import Target, machine, middle, show, show_targets, with_spread, write
 from benchmarks.steps import GROUP_SIZE, PHASES, Method, Size, make_trainer, steps_in_turn
 
+Steps = dict[str, list[dict[str, float]]]  # seconds by phase of every step, by method
+
 GRPO = Method()
 FRACTIONS = [GRPO, *(Method(fraction, 4) for fraction in (0.0, 0.25, 0.5, 0.75))]
 CANDIDATES = [GRPO, *(Method(0.5, candidates) for candidates in (1, 2, 4, 8))]
@@ -69,17 +71,17 @@ def measure_memory(size: Size, methods: list[Method], repetitions: int) -> dict[
     return peaks
 
 
-def seconds_of(steps: dict[str, list[dict[str, float]]], name: str, phase: str) -> np.ndarray:
+def seconds_of(steps: Steps, name: str, phase: str) -> np.ndarray:
     """Seconds of a phase, step by step."""
     return np.array([step.get(phase, 0.0) for step in steps[name]])
 
 
-def ratios(steps: dict[str, list[dict[str, float]]], name: str, *, same_loss: bool = False) -> np.ndarray:
+def ratios(steps: Steps, name: str, *, same_loss: bool = False) -> np.ndarray:
     """
     Seconds of a method over those of GRPO, turn by turn.
 
-    With `same_loss`, each is given GRPO's seconds for the loss: that is the same work for all, more than half of a
-    step, and the phase that a shared machine disturbs most.
+    With `same_loss`, each is given GRPO's seconds for the loss: that is the same work for all, a large part of a step,
+    and the phase that a shared machine disturbs most.
     """
     seconds, of_grpo = seconds_of(steps, name, "total"), seconds_of(steps, str(GRPO), "total")
     if same_loss:
@@ -90,7 +92,7 @@ def ratios(steps: dict[str, list[dict[str, float]]], name: str, *, same_loss: bo
 COLUMNS = ["method", "seconds", "of GRPO", "with GRPO's loss", *PHASES]
 
 
-def table_rows(steps: dict[str, list[dict[str, float]]]) -> list[list[str]]:
+def table_rows(steps: Steps) -> list[list[str]]:
     """A row per method: seconds, ratios to GRPO, milliseconds by phase."""
     rows = []
     for name in steps:
@@ -101,16 +103,16 @@ def table_rows(steps: dict[str, list[dict[str, float]]]) -> list[list[str]]:
     return rows
 
 
-def by_size(results: list[dict[str, Any]]) -> dict[Size, list[dict[str, list[dict[str, float]]]]]:
+def by_size(results: list[dict[str, Any]]) -> dict[Size, list[Steps]]:
     """The measurements of each size."""
-    grouped: dict[Size, list[dict[str, list[dict[str, float]]]]] = {}
+    grouped: dict[Size, list[Steps]] = {}
     for result in results:
         if "steps" in result:
             grouped.setdefault(Size(**result["size"]), []).append(result["steps"])
     return grouped
 
 
-def completion_seconds(size: Size, method: Method, measured: list[dict[str, list[dict[str, float]]]]) -> list[float]:
+def completion_seconds(size: Size, method: Method, measured: list[Steps]) -> list[float]:
     """Median seconds that GRPO takes to generate a completion, and a method with replay to score one."""
     generation = [step["generation"] for steps in measured for step in steps[str(GRPO)]]
     scoring = [step.get("scoring", 0.0) for steps in measured for step in steps.get(str(method), ())]
@@ -137,7 +139,7 @@ def price_rows(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def cause_of(size: Size, method: Method, measured: list[dict[str, list[dict[str, float]]]]) -> str:
+def cause_of(size: Size, method: Method, measured: list[Steps]) -> str:
     """What is scored and what is not generated, and how the other phases differ from those of GRPO."""
     generated, scored = (1000 * seconds for seconds in completion_seconds(size, method, measured))
     saved = num_replayed(size, method)

@@ -286,6 +286,9 @@ def test_targets_of_step_cost_are_judged_as_computed_by_hand():
     assert (one.is_met, four.is_met) == (True, False)  # the middle of 2.9 / 3, 2.9 / 3, 6.2 / 6; of 1.1, 1.1, 0.55
     # 1.6 s for 32 completions; 0.4 s for four of each of two questions; 0.3 of 3 s.
     assert four.cause.startswith("8 scored at 50 ms, 2 not generated at 50 ms; bookkeeping +10.0%, loss")
+    slow_loss = {"GRPO": [seconds(3.0)], "slow": [seconds(4.0) | {"loss": 1.6}]}
+    assert step_cost.ratios(slow_loss, "slow").tolist() == [4 / 3]
+    np.testing.assert_allclose(step_cost.ratios(slow_loss, "slow", same_loss=True), [3.4 / 3])
     assert one.cause.startswith("nothing scored, 2 not generated at 50 ms; bookkeeping +0.0%")
 
 
