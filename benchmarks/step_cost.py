@@ -112,17 +112,12 @@ def by_size(results: list[dict[str, Any]]) -> dict[Size, list[Steps]]:
     return grouped
 
 
-def completion_seconds(size: Size, method: Method, measured: list[Steps]) -> list[float]:
+def completion_seconds(size: Size, method: Method, measured: list[Steps]) -> tuple[float, float]:
     """Median seconds that GRPO takes to generate a completion, and a method with replay to score one."""
     generation = [step["generation"] for steps in measured for step in steps[str(GRPO)]]
     scoring = [step.get("scoring", 0.0) for steps in measured for step in steps.get(str(method), ())]
-    scored = num_replayed(size, method) * method.candidates
-    return [float(np.median(generation)) / (size.num_questions * GROUP_SIZE), float(np.median(scoring)) / scored]
-
-
-def num_replayed(size: Size, method: Method) -> int:
-    """Questions of a batch that are replayed: the completions that are not generated."""
-    return int((method.replay_fraction or 0.0) * size.num_questions)
+    scored = method.num_replayed(size) * method.candidates
+    return float(np.median(generation)) / (size.num_questions * GROUP_SIZE), float(np.median(scoring)) / scored
 
 
 PRICE_COLUMNS = ["completions", "one generated, ms", "one scored, ms", "scored at the price of one generated"]
@@ -142,7 +137,7 @@ def price_rows(results: list[dict[str, Any]]) -> list[list[str]]:
 def cause_of(size: Size, method: Method, measured: list[Steps]) -> str:
     """What is scored and what is not generated, and how the other phases differ from those of GRPO."""
     generated, scored = (1000 * seconds for seconds in completion_seconds(size, method, measured))
-    saved = num_replayed(size, method)
+    saved = method.num_replayed(size)
     total = np.median([step["total"] for steps in measured for step in steps[str(GRPO)]])
 
     def more(*phases: str) -> float:

@@ -54,6 +54,10 @@ class Method:
             return "GRPO"
         return f"ExGRPO {self.replay_fraction:g}, {self.candidates} stored"
 
+    def num_replayed(self, size: Size) -> int:
+        """Questions of a batch that are replayed: as many completions are not generated."""
+        return int((self.replay_fraction or 0.0) * size.num_questions)
+
 
 @dataclass
 class Stopwatch:
@@ -252,7 +256,7 @@ def steps_in_turn(
         trainer.add_callback(times)
         trainer.train()
         replayed = [line.get("replay/fraction", 0.0) for line in trainer.state.log_history if "loss" in line]
-        expected = int((method.replay_fraction or 0.0) * size.num_questions) / size.num_questions
+        expected = method.num_replayed(size) / size.num_questions
         assert all(abs(fraction - expected) < 1e-9 for fraction in replayed), (method, replayed)
         return times.steps[warm_up:]
 
