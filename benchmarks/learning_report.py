@@ -14,6 +14,7 @@ from benchmarks.learning_summary import (
     comparison_rows,
     final,
     grouped,
+    load,
     of_ablated,
     of_compared,
     of_tuned,
@@ -21,7 +22,7 @@ from benchmarks.learning_summary import (
     targets_of,
 )
 from benchmarks.plots import save
-from benchmarks.report import show, show_targets, write
+from benchmarks.report import show, show_targets, together, write
 
 COLORS = {"grpo": "#999999", "shaped": "#d95f02", "balanced": "#1b7db8"}
 OTHER = "#222222"
@@ -113,10 +114,19 @@ def report(runs: list[Run], tuning_runs: list[Run], folder: Path, output: Path, 
     if num_made < len(runs):
         print(f"{len(runs) - num_made} of {len(runs)} runs have not been made yet.")
     compared, ablated, longer = grouped(runs, folder)
+    tuned = [result for run in tuning_runs if (result := load(run, folder))]
+    # The runs may have been made on several machines, and none of them on the one that reports them.
+    made = {
+        "tuned": tuned,
+        "compared": [result for of in compared.values() for results in of.values() for result in results],
+        "ablated": [result for results in ablated.values() for result in results] + longer,
+    }
+    machines = {part: together(result["machine"] for result in results) for part, results in made.items()}
     summary = {
-        "tuned": of_tuned(tuning_runs, folder),
+        "tuned": of_tuned(tuned),
         "compared": of_compared(compared),
         "ablated": of_ablated(compared, ablated, longer) if ablated else {},
+        "machines": machines,
     }
     show("Held-out questions at the end", COMPARISON_COLUMNS, comparison_rows(summary["compared"]))
     for name, by_method in compared.items():
@@ -131,5 +141,6 @@ def report(runs: list[Run], tuning_runs: list[Run], folder: Path, output: Path, 
         draw_ablations(summary["ablated"], plots / "learning_ablations.png")
     targets = targets_of(summary["compared"])
     show_targets(targets)
-    write(output, settings={"settings": SETTINGS, "runs": num_made}, results=summary, targets=targets)
+    about = together(result["machine"] for results in made.values() for result in results)
+    write(output, settings={"settings": SETTINGS, "runs": num_made}, results=summary, targets=targets, about=about)
     print(f"Written to {output} and {plots}")

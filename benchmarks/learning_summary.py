@@ -126,14 +126,18 @@ def of_ablated(compared: Groups, ablated: dict[str, Results], longer: Results) -
     return {method: values.round(5).tolist() for method, values in finals.items()}
 
 
-def of_tuned(runs: list[Run], folder: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
+def of_tuned(results: Results) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Final pass@1 of every tuning run, by setting, method and learning rate."""
     tuned: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for run in sorted(runs, key=lambda run: (run.setting, COMPARED.index(run.method), run.learning_rate, run.seed)):
-        result = load(run, folder)
-        if result is not None:
-            rates = tuned.setdefault(run.setting, {}).setdefault(run.method, {})
-            rates.setdefault(f"{run.learning_rate:g}", []).append(float(final([result])[0]))
+
+    def order(result: dict[str, Any]) -> tuple[Any, ...]:
+        run = result["run"]
+        return run["setting"], COMPARED.index(run["method"]), run["learning_rate"], run["seed"]
+
+    for result in sorted(results, key=order):
+        run = result["run"]
+        rates = tuned.setdefault(run["setting"], {}).setdefault(run["method"], {})
+        rates.setdefault(f"{run['learning_rate']:g}", []).append(float(final([result])[0]))
     return tuned
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,6 +48,16 @@ def machine() -> dict[str, Any]:
     } | {name: found for name in PACKAGES if (found := installed(name))}
 
 
+def together(machines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One description of the machines that results come from; where they differ, all values."""
+    values: dict[str, list[Any]] = {}
+    for about in machines:
+        for name, value in about.items():
+            if value not in values.setdefault(name, []):
+                values[name].append(value)
+    return {name: of[0] if len(of) == 1 else " and ".join(map(str, of)) for name, of in values.items()}
+
+
 def processor() -> str:
     """Name of the processor."""
     information = Path("/proc/cpuinfo")
@@ -62,12 +73,14 @@ def installed(name: str) -> str | None:
         return None
 
 
-def write(file: Path, *, settings: dict[str, Any], results: Any, targets: list[Target]) -> None:
-    """Write a file of results; an unfinished one never has its name."""
+def write(
+    file: Path, *, settings: dict[str, Any], results: Any, targets: list[Target], about: dict[str, Any] | None = None
+) -> None:
+    """Write a file of results, measured here unless `about` names a machine; an unfinished one never has its name."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "settings": settings,
-        "machine": machine(),
+        "machine": about or machine(),
         "targets": [asdict(target) | {"is_met": bool(target.is_met)} for target in targets],
         "results": results,
     }

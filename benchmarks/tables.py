@@ -92,13 +92,13 @@ def ablation_tables(content: dict[str, Any]) -> Iterator[str]:
     yield markdown(learning_summary.ABLATION_COLUMNS, rows)
 
 
-# Name of a place in the page: file of results, and what makes its tables.
+# Name of a place in the page: file of results, what makes its tables, and the part that has machines of its own.
 PLACES = {
-    "step-cost": ("step_cost.json", step_cost_tables),
-    "buffer": ("buffer_scale.json", buffer_tables),
-    "tuning": ("learning.json", tuning_tables),
-    "comparison": ("learning.json", comparison_tables),
-    "ablations": ("learning.json", ablation_tables),
+    "step-cost": ("step_cost.json", step_cost_tables, None),
+    "buffer": ("buffer_scale.json", buffer_tables, None),
+    "tuning": ("learning.json", tuning_tables, "tuned"),
+    "comparison": ("learning.json", comparison_tables, "compared"),
+    "ablations": ("learning.json", ablation_tables, "ablated"),
 }
 
 
@@ -118,10 +118,11 @@ def filled(page: str, results: Path) -> str:
         ValueError: if the page has no such place.
     """
     contents = {"targets": targets_table(results)}
-    for place, (name, tables) in PLACES.items():
+    for place, (name, tables, part) in PLACES.items():
         if (results / name).exists():
             content = json.loads((results / name).read_text())
-            contents[place] = "\n\n".join([*tables(content), versions(content["machine"])])
+            about = content["results"]["machines"][part] if part else content["machine"]
+            contents[place] = "\n\n".join([*tables(content), versions(about)])
     for place, text in contents.items():
         pattern = re.compile(rf"(<!-- {place} -->\n).*?(<!-- /{place} -->)", flags=re.DOTALL)
         if not pattern.search(page):

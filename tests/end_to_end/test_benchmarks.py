@@ -11,7 +11,16 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the benchmarks draw: `make test` installs matplotlib, for the newest TRL")
 
-from benchmarks import buffer_scale, hidden_operations, learning, learning_run, learning_summary, step_cost, steps
+from benchmarks import (
+    buffer_scale,
+    hidden_operations,
+    learning,
+    learning_report,
+    learning_run,
+    learning_summary,
+    step_cost,
+    steps,
+)
 from benchmarks.buffers import BUFFERS, groups
 from benchmarks.fresh_process import in_a_fresh_process
 from benchmarks.learning import make_runs
@@ -290,6 +299,24 @@ def test_targets_of_step_cost_are_judged_as_computed_by_hand():
     assert step_cost.ratios(slow_loss, "slow").tolist() == [4 / 3]
     np.testing.assert_allclose(step_cost.ratios(slow_loss, "slow", same_loss=True), [3.4 / 3])
     assert one.cause.startswith("nothing scored, 2 not generated at 50 ms; bookkeeping +0.0%")
+
+
+def test_a_report_names_the_machines_of_its_runs_and_not_its_own(tmp_path):
+    folder, output = tmp_path / "runs", tmp_path / "learning.json"
+    folder.mkdir()
+    point = {"step": 0, "seconds": 0.0, "pass_at_1": 0.1, "pass_at_8": 0.2}
+    line = {"step": 5, "completions/mean_length": 9.0, "entropy": 1.0, "frac_reward_zero_std": 0.5}
+    tuning, *compared = runs = [Run("bimodal", "grpo", 1e-4, seed) for seed in (100, 0, 1)]
+    for run, version in zip(runs, ("1", "2", "3"), strict=True):
+        about = {"processor": "somewhere else", "threads": 1, "torch": version}
+        content = {"run": vars(run), "machine": about, "curve": [point, point | {"step": 5}], "logs": [line]}
+        run.file(folder).write_text(json.dumps(content))
+    learning_report.report(compared, [tuning], folder, output, plots=tmp_path)
+    written = json.loads(output.read_text())
+    machines = written["results"]["machines"]
+    assert machines["tuned"] == {"processor": "somewhere else", "threads": 1, "torch": "1"}
+    assert machines["compared"] == {"processor": "somewhere else", "threads": 1, "torch": "2 and 3"}
+    assert written["machine"]["torch"] == "1 and 2 and 3"
 
 
 def test_the_documentation_shows_the_committed_results():
