@@ -6,31 +6,60 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .buffer import ExperienceBuffer
     from .config import ExGRPOConfig
-    from .experience import Candidate, Experience, ExperienceBufferError, Question
+    from .examples import question_id_of
+    from .records import Candidate, Experience, ExperienceBufferError, Question
+    from .strategies import (
+        Admission,
+        AdmissionRule,
+        CompletionSelector,
+        EvictionRule,
+        ImportanceWeight,
+        QuestionSampler,
+        ReplayWeighting,
+        Strategy,
+    )
     from .trainer import ExGRPOTrainer
 
 __version__ = "0.1.0"
 
 # Imported when first touched, so that `import exgrpo_trl` stays free of torch and TRL.
 _MODULE_OF = {
-    "Candidate": "experience",
+    "Admission": "strategies",
+    "AdmissionRule": "strategies",
+    "Candidate": "records",
+    "CompletionSelector": "strategies",
+    "EvictionRule": "strategies",
     "ExGRPOConfig": "config",
     "ExGRPOTrainer": "trainer",
-    "Experience": "experience",
+    "Experience": "records",
     "ExperienceBuffer": "buffer",
-    "ExperienceBufferError": "experience",
-    "Question": "experience",
+    "ExperienceBufferError": "records",
+    "ImportanceWeight": "strategies",
+    "Question": "records",
+    "QuestionSampler": "strategies",
+    "ReplayWeighting": "strategies",
+    "Strategy": "strategies",
+    "question_id_of": "examples",
 }
 
 __all__ = [
+    "Admission",
+    "AdmissionRule",
     "Candidate",
+    "CompletionSelector",
+    "EvictionRule",
     "ExGRPOConfig",
     "ExGRPOTrainer",
     "Experience",
     "ExperienceBuffer",
     "ExperienceBufferError",
+    "ImportanceWeight",
     "Question",
+    "QuestionSampler",
+    "ReplayWeighting",
+    "Strategy",
     "__version__",
+    "question_id_of",
 ]
 
 

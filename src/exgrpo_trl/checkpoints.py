@@ -1,11 +1,30 @@
-"""Which checkpoint of a run is complete: a process may die while it writes one."""
+"""Which checkpoint of a run is complete, and whether the tokens of a buffer mean the same to this trainer."""
 
+import hashlib
 import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .buffer import ExperienceBuffer, RemoteBuffer, ReplayBuffer
+from .config import ExGRPOConfig
+from .records import ExperienceBufferError
+
+logger = logging.get_logger(__name__)
+
+# Attributes of a buffer, and the fields of the configuration that must agree with them.
+_SETTINGS = {
+    "group_size": "num_generations",
+    "capacity": "buffer_capacity",
+    "max_completions_per_question": "max_completions_per_question",
+    "retire_solved": "retire_solved",
+}
 
 
 def begin_checkpoint(folder: str | Path) -> None:
@@ -64,3 +83,137 @@ def newest_complete_checkpoint(output_dir: str | Path) -> str | None:
             "without resume_from_checkpoint."
         )
     return None
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """
+    Hashes that tell whether stored token ids and prompts mean the same to another tokenizer.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the trainer.
+
+    Returns:
+        `dict[str, str]`:
+            SHA-256 of the vocabulary with its special tokens (`"tokenizer"`) and of the chat template
+            (`"chat_template"`).
+    """
+    specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(specials.items())])
+    return {
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+    }
+
+
+def resolve_buffer(buffer: ReplayBuffer | None, args: ExGRPOConfig) -> ReplayBuffer | RemoteBuffer:
+    """
+    The given buffer, or an empty one as the configuration describes it; a stand-in where it lives elsewhere.
+
+    Args:
+        buffer ([`ReplayBuffer`] or `None`):
+            Buffer given to the trainer.
+        args ([`ExGRPOConfig`]):
+            Configuration of the trainer.
+
+    Returns:
+        [`ReplayBuffer`] or [`RemoteBuffer`]:
+            The buffer to use; the main process alone has one.
+
+    Raises:
+        `ValueError`:
+            When buffer and configuration set different limits.
+    """
+    if buffer is not None:
+        check_settings(buffer, args)
+    if args.process_index != 0:
+        return RemoteBuffer()
+    if buffer is None:
+        return ExperienceBuffer(
+            group_size=args.num_generations,
+            capacity=args.buffer_capacity,
+            max_completions_per_question=args.max_completions_per_question,
+            retire_solved=args.retire_solved,
+            seed=args.seed,
+        )
+    return buffer
+
+
+def check_settings(buffer: ReplayBuffer, args: ExGRPOConfig, settings: Iterable[str] = tuple(_SETTINGS)) -> None:
+    """
+    Check that buffer and configuration agree.
+
+    Args:
+        buffer ([`ReplayBuffer`]):
+            Buffer to check.
+        args ([`ExGRPOConfig`]):
+            Configuration of the trainer.
+        settings (`Iterable[str]`, *optional*):
+            Attributes of the buffer to compare. By default all that a configuration sets.
+
+    Raises:
+        `ValueError`:
+            When they set different values.
+    """
+    for attribute in settings:
+        mine, wanted = getattr(buffer, attribute, None), getattr(args, _SETTINGS[attribute])
+        if wanted is not None and mine is not None and mine != wanted:
+            raise ValueError(
+                f"The experience buffer has {attribute}={mine}, but {_SETTINGS[attribute]}={wanted} in the "
+                "configuration. Set both to the same value."
+            )
+
+
+def check_buffer(
+    buffer: ReplayBuffer,
+    *,
+    provenance: Mapping[str, Any],
+    max_completion_length: int | None,
+    vocab_size: int,
+    source: str,
+) -> None:
+    """
+    Check that a buffer can be replayed by this trainer. Walks the buffer once.
+
+    Args:
+        buffer ([`ReplayBuffer`]):
+            Buffer to check.
+        provenance (`Mapping[str, Any]`):
+            Fingerprints of the trainer's tokenizer and chat template, and its temperature.
+        max_completion_length (`int` or `None`):
+            Longest completion that the trainer accepts, in tokens. `None` sets no limit.
+        vocab_size (`int`):
+            Number of token ids that the model knows.
+        source (`str`):
+            Where the buffer comes from, for the messages.
+
+    Raises:
+        [`ExperienceBufferError`]:
+            When the tokenizer or the chat template differ, or a completion does not fit.
+    """
+    for name in ("tokenizer", "chat_template"):
+        if name in buffer.provenance and buffer.provenance[name] != provenance[name]:
+            raise ExperienceBufferError(
+                f"The experience buffer {source} was collected with another {name.replace('_', ' ')}: its stored "
+                "tokens would mean something else to this model. Use the one it was collected with, or start with an "
+                "empty buffer."
+            )
+    temperature = buffer.provenance.get("temperature", provenance["temperature"])
+    if temperature != provenance["temperature"]:
+        logger.warning(
+            f"The experience buffer {source} was collected at temperature={temperature}, but the trainer samples at "
+            f"temperature={provenance['temperature']}. Importance ratios of its completions compare the two."
+        )
+    for question, _, experience in buffer.items():
+        if max_completion_length is not None and experience.num_tokens > max_completion_length:
+            raise ExperienceBufferError(
+                f"The experience buffer {source} holds a completion of {experience.num_tokens} tokens for question "
+                f"{question.question_id!r}, but max_completion_length={max_completion_length}. Raise "
+                "max_completion_length, or evict such completions."
+            )
+        if experience.token_ids.max() >= vocab_size:
+            raise ExperienceBufferError(
+                f"The experience buffer {source} holds token id {experience.token_ids.max()} for question "
+                f"{question.question_id!r}, but the model knows only {vocab_size} tokens. Use the model family that "
+                "the buffer was collected with."
+            )

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .config import ExGRPOConfig
-from .generation import ENGINES
+from .rollouts.vllm import ENGINES
 
 logger = logging.get_logger(__name__)
 
@@ -119,12 +119,11 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
             f"loss_type='luspo' weighs whole sequences, but importance_sampling_level="
             f"{args.importance_sampling_level!r}. Set importance_sampling_level='sequence'."
         )
-    num_groups = args.generation_batch_size // args.num_generations
-    if num_groups_to_replay(args) == 0:
+    if args.num_groups_to_replay == 0:
         # Not an error: TRL's defaults make batches of one question.
         logger.warning(
-            f"replay_fraction={args.replay_fraction} of the {num_groups} question(s) of a generation batch is less "
-            "than one question: nothing will be replayed. Raise the generation batch, for example with "
+            f"replay_fraction={args.replay_fraction} of the {args.num_groups} question(s) of a generation batch is "
+            "less than one question: nothing will be replayed. Raise the generation batch, for example with "
             f"gradient_accumulation_steps (generation_batch_size={args.generation_batch_size}, "
             f"num_generations={args.num_generations}), or replay_fraction."
         )
@@ -224,12 +223,6 @@ def check_wrapped(model: Any, accelerator: Accelerator) -> None:
             "transformers does not prepare the model for training any more. Set eval_on_start=True to evaluate at the "
             "start of the training instead of before it."
         )
-
-
-def num_groups_to_replay(args: ExGRPOConfig) -> int:
-    """Most questions of a generation batch that are replayed, `floor(rho * G)`."""
-    # The small addition keeps products such as 0.29 * 100 from falling below their integer.
-    return int(args.replay_fraction * (args.generation_batch_size // args.num_generations) + 1e-9)
 
 
 def _check_columns(dataset: Any) -> None:

@@ -7,10 +7,14 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from .losses import REPLAY_WEIGHTINGS
-from .sampling import COMPLETION_SELECTORS, QUESTION_SAMPLERS
-
-_DIFFICULTIES = ("success_rate", "reward_std")
+from .strategies import (
+    ADMISSION_RULES,
+    COMPLETION_SELECTORS,
+    EVICTION_RULES,
+    QUESTION_SAMPLERS,
+    REPLAY_WEIGHTINGS,
+    Strategies,
+)
 
 
 @dataclass
@@ -38,6 +42,8 @@ class ExGRPOConfig(GRPOConfig):
         question_sampling (`str`, *optional*, defaults to `"gaussian"`):
             How questions are drawn from the buffer: `"gaussian"` (buckets of medium difficulty first), `"uniform"`
             (every bucket alike) or `"random"` (every question alike).
+        question_sampling_kwargs (`dict` or `str`, *optional*):
+            Parameters of the question sampler, a dict or its JSON; those that have a field of their own need none.
         bucket_mean (`float`, *optional*, defaults to `0.5`):
             Mean of the Gaussian over buckets, as a share of `num_generations`, in [0, 1].
         bucket_std (`float`, *optional*, defaults to `1.0`):
@@ -46,6 +52,8 @@ class ExGRPOConfig(GRPOConfig):
             Which stored completion of a drawn question is replayed: `"lowest_entropy"`,
             `"lowest_negative_log_likelihood"`, `"highest_entropy"` (all three under the current policy), `"random"`
             or `"most_recent"`.
+        completion_selection_kwargs (`dict` or `str`, *optional*):
+            Parameters of the completion selector, a dict or its JSON.
 
         > Parameters that control what counts as a success
 
@@ -57,6 +65,8 @@ class ExGRPOConfig(GRPOConfig):
             What the bucket of a question measures: `"success_rate"` (correct completions in its latest group) or
             `"reward_std"` (spread of its rewards, for continuous rewards; completions with positive advantage are
             stored).
+        difficulty_kwargs (`dict` or `str`, *optional*):
+            Parameters of the rule of difficulty, a dict or its JSON.
         question_id_column (`str` or `None`, *optional*, defaults to `None`):
             Dataset column that identifies a question. `None` uses a hash of the prompt.
 
@@ -67,13 +77,21 @@ class ExGRPOConfig(GRPOConfig):
             as hard as a fresh token at ratio 1), `"clipped"`, `"truncated"` or `"none"`.
         shaping_beta (`float`, *optional*, defaults to `0.1`):
             Constant beta of `f(w) = w / (w + beta)`, above 0.
+        replay_weighting_kwargs (`dict` or `str`, *optional*):
+            Parameters of the weighting, a dict or its JSON: `epsilon_low` and `epsilon_high` of `"clipped"`, which by
+            default are those of the loss.
 
         > Parameters that control the buffer
 
         buffer_capacity (`int` or `None`, *optional*, defaults to `None`):
-            Most completions kept; the oldest are evicted. `None` keeps all.
+            Most completions kept; beyond it `eviction` decides. `None` keeps all.
         max_completions_per_question (`int` or `None`, *optional*, defaults to `None`):
-            Most completions kept per question; the oldest are evicted. `None` keeps all.
+            Most completions kept per question; beyond it `eviction` decides. `None` keeps all.
+        eviction (`str`, *optional*, defaults to `"oldest"`):
+            Which completion leaves where a limit is exceeded: `"oldest"` (of the oldest policy version or, within a
+            question, the one that was stored first).
+        eviction_kwargs (`dict` or `str`, *optional*):
+            Parameters of the eviction rule, a dict or its JSON.
         max_staleness (`int` or `None`, *optional*, defaults to `None`):
             Age in optimizer steps beyond which a completion is evicted instead of replayed. `None` sets no limit.
         retire_solved (`bool`, *optional*, defaults to `True`):
@@ -82,6 +100,15 @@ class ExGRPOConfig(GRPOConfig):
             Whether retired questions also leave the training dataset from the next epoch on. The number of steps per
             epoch stays; the remaining questions come up more often. Has no effect on iterable datasets.
     """
+
+    _VALID_DICT_FIELDS = [
+        *GRPOConfig._VALID_DICT_FIELDS,
+        "question_sampling_kwargs",
+        "completion_selection_kwargs",
+        "difficulty_kwargs",
+        "eviction_kwargs",
+        "replay_weighting_kwargs",
+    ]
 
     replay_fraction: float = field(
         default=0.5,
@@ -106,12 +133,20 @@ class ExGRPOConfig(GRPOConfig):
     bucket_std: float = field(
         default=1.0, metadata={"help": "Standard deviation of the Gaussian over buckets, in correct completions."}
     )
+    question_sampling_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Parameters of the question sampler, a dict or its JSON."},
+    )
     completion_selection: str = field(
         default="lowest_entropy",
         metadata={
             "help": "Which stored completion of a drawn question is replayed.",
             "choices": list(COMPLETION_SELECTORS),
         },
+    )
+    completion_selection_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Parameters of the completion selector, a dict or its JSON."},
     )
     success_threshold: float = field(
         default=1.0,
@@ -126,8 +161,12 @@ class ExGRPOConfig(GRPOConfig):
         metadata={
             "help": "What the bucket of a question measures: the success rate or, for continuous rewards, the "
             "standard deviation of its rewards.",
-            "choices": list(_DIFFICULTIES),
+            "choices": list(ADMISSION_RULES),
         },
+    )
+    difficulty_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Parameters of the rule of difficulty, a dict or its JSON."},
     )
     question_id_column: str | None = field(
         default=None,
@@ -138,12 +177,27 @@ class ExGRPOConfig(GRPOConfig):
         metadata={"help": "Importance weight of a replayed token.", "choices": list(REPLAY_WEIGHTINGS)},
     )
     shaping_beta: float = field(default=0.1, metadata={"help": "Constant beta of f(w) = w / (w + beta), above 0."})
+    replay_weighting_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Parameters of the weighting, a dict or its JSON."},
+    )
     buffer_capacity: int | None = field(
         default=None, metadata={"help": "Most completions kept; the oldest are evicted. None keeps all."}
     )
     max_completions_per_question: int | None = field(
         default=None,
         metadata={"help": "Most completions kept per question; the oldest are evicted. None keeps all."},
+    )
+    eviction: str = field(
+        default="oldest",
+        metadata={
+            "help": "Which completion leaves where a limit of the buffer is exceeded.",
+            "choices": list(EVICTION_RULES),
+        },
+    )
+    eviction_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Parameters of the eviction rule, a dict or its JSON."},
     )
     max_staleness: int | None = field(
         default=None,
@@ -171,16 +225,24 @@ class ExGRPOConfig(GRPOConfig):
         for name in ("buffer_capacity", "max_completions_per_question"):
             _check_count(name, getattr(self, name), minimum=1)
         _check_count("max_staleness", self.max_staleness, minimum=0)
-        _check_choice("question_sampling", self.question_sampling, QUESTION_SAMPLERS)
-        _check_choice("completion_selection", self.completion_selection, COMPLETION_SELECTORS)
-        _check_choice("replay_weighting", self.replay_weighting, REPLAY_WEIGHTINGS)
-        _check_choice("difficulty", self.difficulty, _DIFFICULTIES)
         if isinstance(self.num_generations, int) and self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations} leaves no group to compare a completion with. "
                 "Set it to at least 2."
             )
         super().__post_init__()
+        Strategies.choose(self)  # names and parameters are checked where they are used
+
+    @property
+    def num_groups(self) -> int:
+        """Questions of a generation batch, on all processes together."""
+        return self.generation_batch_size // self.num_generations
+
+    @property
+    def num_groups_to_replay(self) -> int:
+        """Most questions of a generation batch that are replayed, `floor(rho * G)`."""
+        # The small addition keeps products such as 0.29 * 100 from falling below their integer.
+        return int(self.replay_fraction * self.num_groups + 1e-9)
 
 
 def _check_range(
@@ -202,8 +264,3 @@ def _check_count(name: str, value: Any, *, minimum: int) -> None:
     if value is None or (isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum):
         return
     raise ValueError(f"{name}={value!r} is out of range. It must be an integer of at least {minimum}, or None.")
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, choices))}.")

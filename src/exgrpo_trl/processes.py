@@ -1,17 +1,22 @@
-"""How the processes of a run talk: bytes between the main process and the others, never pickled objects."""
+"""How the processes of a run talk: the main process decides, all are told, and what they saw comes back to it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+T = TypeVar("T")
+
 
 class Processes:
     """
     The processes of a run. All of them call each method, at the same point of the run.
+
+    On a single process nothing is sent and nothing is copied.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
@@ -21,8 +26,6 @@ class Processes:
         seconds (`dict[str, float]`):
             Time spent since the start in `"gathering"` to the main process and in `"broadcasting"` from it, waiting
             for the slowest process included; 0 for a single process.
-        bytes_sent (`dict[str, int]`):
-            Bytes that this process has sent in either, padding included.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -30,80 +33,58 @@ class Processes:
         self.count: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         self.seconds = {"gathering": 0.0, "broadcasting": 0.0}
-        self.bytes_sent = {"gathering": 0, "broadcasting": 0}
 
     @property
     def is_main(self) -> bool:
         """Whether this is the main process."""
         return self.rank == 0
 
-    def gather(self, payload: bytes) -> list[bytes]:
+    def decide(self, what: str, choose: Callable[[], T]) -> T:
         """
-        Send a payload of each process to the main process.
+        What the main process chooses, on all processes.
 
         Args:
-            payload (`bytes`):
-                Payload of this process.
+            what (`str`):
+                What is decided, for the message: "drawing the questions to replay".
+            choose (`Callable`):
+                Called on the main process alone.
 
-        Returns:
-            `list[bytes]`:
-                By process on the main process, empty on the others.
+        Raises:
+            `Exception`:
+                On the main process what `choose` raised, on the others a `RuntimeError` with its message.
         """
         if self.count == 1:
-            return [payload]
-        with self._timed("gathering"):
-            sizes = [torch.empty(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
-            dist.all_gather(sizes, torch.tensor([len(payload)], dtype=torch.int64, device=self.device))
-            lengths = [int(size) for size in sizes]
-            if max(lengths) == 0:
-                return [b""] * self.count if self.is_main else []
-            parts = [self._empty(max(lengths)) for _ in lengths] if self.is_main else None
-            dist.gather(self._padded(payload, max(lengths)), parts, dst=0)
-            self.bytes_sent["gathering"] += 0 if self.is_main else max(lengths)
-            return [_to_bytes(part, length) for part, length in zip(parts or [], lengths, strict=False)]
-
-    def scatter(self, payloads: Sequence[bytes] | None) -> bytes:
-        """
-        Give each process its payload.
-
-        Args:
-            payloads (`Sequence[bytes]` or `None`):
-                One payload per process on the main process, `None` on the others.
-
-        Returns:
-            `bytes`:
-                Payload for this process.
-        """
-        if payloads is not None and self.count == 1:
-            return payloads[0]
+            return choose()
+        error: Exception | None = None
+        outcome: list[object] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = choose()
+            except Exception as raised:
+                error = raised
+                outcome[1] = f"{type(error).__name__}: {error}"
         with self._timed("broadcasting"):
-            sizes = torch.tensor(
-                [0] * self.count if payloads is None else [len(payload) for payload in payloads],
-                dtype=torch.int64,
-                device=self.device,
-            )
-            dist.broadcast(sizes, src=0)
-            longest = int(sizes.max())
-            if longest == 0:
-                return b""
-            mine = self._empty(longest)
-            dist.scatter(mine, None if payloads is None else [self._padded(p, longest) for p in payloads], src=0)
-            self.bytes_sent["broadcasting"] += 0 if payloads is None else longest * (self.count - 1)
-            return _to_bytes(mine, int(sizes[self.rank]))
+            dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            raise _failure(0, what, outcome[1])
+        return cast(T, outcome[0])
 
-    def broadcast(self, payload: bytes | None) -> bytes:
+    def gather(self, mine: T) -> list[T]:
         """
-        Give all processes the payload of the main process.
+        What each process has, by process on the main process; nothing on the others.
 
         Args:
-            payload (`bytes` or `None`):
-                Payload on the main process, `None` on the others.
-
-        Returns:
-            `bytes`:
-                The payload.
+            mine (`Any`):
+                What this process has.
         """
-        return self.scatter(None if payload is None else [payload] * self.count)
+        if self.count == 1:
+            return [mine]
+        with self._timed("gathering"):
+            gathered: list[T] | None = [mine] * self.count if self.is_main else None
+            dist.gather_object(mine, gathered, dst=0)
+        return gathered or []
 
     def wait(self) -> None:
         """Return once all processes have come here."""
@@ -141,27 +122,11 @@ class Processes:
             first = int(failed)
             if first == self.count:
                 return
-            message = self._broadcast_message(f"{type(error).__name__}: {error}", first)
+            message = [f"{type(error).__name__}: {error}"]
+            dist.broadcast_object_list(message, src=first, device=self.device)
         if error is not None:
             raise error
-        raise RuntimeError(f"Process {first} failed while {what}, so all processes stop. Its error: {message}")
-
-    def _broadcast_message(self, message: str, source: int) -> str:
-        text = message.encode()
-        size = torch.tensor([len(text)], dtype=torch.int64, device=self.device)
-        dist.broadcast(size, src=source)
-        buffer = self._padded(text, int(size)) if self.rank == source else self._empty(int(size))
-        dist.broadcast(buffer, src=source)
-        return _to_bytes(buffer, int(size)).decode()
-
-    def _empty(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
-
-    def _padded(self, payload: bytes, size: int) -> torch.Tensor:
-        padded = torch.zeros(size, dtype=torch.uint8)
-        if payload:
-            padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        return padded.to(self.device)
+        raise _failure(first, what, message[0])
 
     @contextmanager
     def _timed(self, direction: str) -> Iterator[None]:
@@ -172,5 +137,5 @@ class Processes:
             self.seconds[direction] += time.perf_counter() - start
 
 
-def _to_bytes(tensor: torch.Tensor, length: int) -> bytes:
-    return tensor[:length].cpu().numpy().tobytes()
+def _failure(process: int, what: str, message: object) -> RuntimeError:
+    return RuntimeError(f"Process {process} failed while {what}, so all processes stop. Its error: {message}")

@@ -1,12 +1,20 @@
 """Score stored completions under the current policy, in batches of similar length, evenly over the processes."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch.distributed import fsdp
 
-from .experience import Candidate, Experience
+from .processes import Processes
+from .records import Candidate
+
+# Prompt token ids and completion token ids.
+Prompted = tuple[Sequence[int], np.ndarray]
+# Mean token entropy and mean negative log-likelihood of a completion, nats.
+Scores = tuple[float, float]
 
 # (input_ids, attention_mask, logits_to_keep) -> (per-token log-probabilities, per-token entropies), each (B, T).
 Forward = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -41,20 +49,78 @@ def deal_forwards(lengths: Sequence[int], num_processes: int, batch_size: int) -
     return [batches[process::num_processes] for process in range(num_processes)]
 
 
+def score_share(
+    prompted: Sequence[Prompted],
+    score: Callable[[Sequence[Prompted]], list[Scores]],
+    processes: Processes,
+    batch_size: int,
+) -> dict[int, Scores]:
+    """
+    Score completions on all processes, each its share; all of them call this with the same completions.
+
+    Args:
+        prompted (`Sequence[tuple]`):
+            Prompts and completions, as token ids.
+        score (`Callable`):
+            Scores some of them in one forward.
+        processes ([`Processes`]):
+            Processes of the run.
+        batch_size (`int`):
+            Most completions of a forward.
+
+    Returns:
+        `dict[int, tuple[float, float]]`:
+            Scores by number of the completion, on the main process; nothing on the others.
+    """
+    if not prompted:
+        return {}
+    lengths = [len(prompt) + len(completion) for prompt, completion in prompted]
+    dealt = deal_forwards(lengths, processes.count, batch_size)
+    with processes.together("scoring the candidates"):
+        mine = [
+            scores for forward in dealt[processes.rank] for scores in score([prompted[number] for number in forward])
+        ]
+    by_number: dict[int, Scores] = {}
+    for share, scored in zip(dealt, processes.gather(mine), strict=False):
+        by_number.update(zip(itertools.chain(*share), scored, strict=True))
+    return by_number
+
+
+def add_scores(
+    candidates: Mapping[str, Sequence[Candidate]], scores: Mapping[int, Scores]
+) -> dict[str, list[Candidate]]:
+    """
+    Candidates by question with their scores.
+
+    Args:
+        candidates (`Mapping[str, Sequence[Candidate]]`):
+            Candidates by question.
+        scores (`Mapping[int, tuple[float, float]]`):
+            Scores by number, counted over the candidates of the questions that have a choice; may be empty.
+    """
+    numbers = itertools.count()
+    return {
+        question_id: [Candidate(choice.experience, *scores[next(numbers)]) for choice in choices]
+        if scores and len(choices) > 1
+        else list(choices)
+        for question_id, choices in candidates.items()
+    }
+
+
 @torch.no_grad()
 def score_completions(
-    pairs: Sequence[tuple[Sequence[int], Experience]],
+    prompted: Sequence[Prompted],
     forward: Forward,
     *,
     pad_token_id: int,
     device: torch.device | str,
-) -> list[Candidate]:
+) -> list[Scores]:
     """
     Mean token entropy and mean negative log-likelihood of stored completions under the current policy, in one forward.
 
     Args:
-        pairs (`Sequence[tuple[Sequence[int], Experience]]`):
-            Prompt token ids and stored completions.
+        prompted (`Sequence[tuple]`):
+            Prompts and completions, as token ids.
         forward (`Callable`):
             Maps `(input_ids, attention_mask, logits_to_keep)` to per-token log-probabilities and entropies.
         pad_token_id (`int`):
@@ -63,28 +129,36 @@ def score_completions(
             Where to put the inputs.
 
     Returns:
-        `list[Candidate]`:
-            In the order of `pairs`; entropy and negative log-likelihood in nats per completion token (section 4
+        `list[tuple[float, float]]`:
+            In the order of `prompted`; entropy and negative log-likelihood in nats per completion token (section 4
             of the method: the mean over the completion's own tokens, its end-of-sequence token included).
     """
-    longest_prompt = max(len(prompt) for prompt, _ in pairs)
-    longest_completion = max(experience.num_tokens for _, experience in pairs)
-    input_ids = torch.full((len(pairs), longest_prompt + longest_completion), pad_token_id)
+    longest_prompt = max(len(prompt) for prompt, _ in prompted)
+    longest_completion = max(len(completion) for _, completion in prompted)
+    input_ids = torch.full((len(prompted), longest_prompt + longest_completion), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    for row, (prompt, experience) in enumerate(pairs):
-        begin, end = longest_prompt - len(prompt), longest_prompt + experience.num_tokens
-        completion = torch.from_numpy(experience.token_ids.astype("int64"))
-        input_ids[row, begin:end] = torch.cat([torch.tensor(prompt, dtype=torch.long), completion])
+    for row, (prompt, completion) in enumerate(prompted):
+        begin, end = longest_prompt - len(prompt), longest_prompt + len(completion)
+        input_ids[row, begin:longest_prompt] = torch.tensor(prompt, dtype=torch.long)
+        input_ids[row, longest_prompt:end] = torch.from_numpy(completion.astype("int64"))
         attention_mask[row, begin:end] = 1
     logps, entropies = forward(input_ids.to(device), attention_mask.to(device), longest_completion)
     mask = attention_mask[:, longest_prompt:].to(device).bool()
     num_tokens = mask.sum(-1)
     mean_logp = torch.where(mask, logps.float(), 0.0).sum(-1) / num_tokens
     mean_entropy = torch.where(mask, entropies.float(), 0.0).sum(-1) / num_tokens
-    return [
-        Candidate(experience, entropy=entropy, negative_log_likelihood=-logp)
-        for (_, experience), entropy, logp in zip(pairs, mean_entropy.tolist(), mean_logp.tolist(), strict=True)
-    ]
+    return list(zip(mean_entropy.tolist(), (-mean_logp).tolist(), strict=True))
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout, which would blur the comparison of completions; the mode is what it was at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def reshard(model: torch.nn.Module) -> None:

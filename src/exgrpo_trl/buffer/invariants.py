@@ -11,13 +11,14 @@ if TYPE_CHECKING:
 
 def violations(buffer: ExperienceBuffer) -> Iterator[str]:
     """What is wrong inside a buffer, one sentence each; nothing in a valid one. Walks the whole buffer."""
+    store = buffer._store
     completions = tokens = 0
-    for question_id, stored in buffer._questions.items():
+    for question_id, stored in store.questions.items():
         if question_id != stored.question.question_id:
             yield f"question {stored.question.question_id!r} is stored as {question_id!r}"
         if question_id in buffer._retired:
             yield f"question {question_id!r} is stored and retired"
-        if question_id not in buffer._buckets.get(stored.bucket, ()):
+        if question_id not in store.buckets.get(stored.bucket, ()):
             yield f"question {question_id!r} is not in its bucket {stored.bucket}"
         if not stored.completions:
             yield f"question {question_id!r} has no completion"
@@ -28,26 +29,26 @@ def violations(buffer: ExperienceBuffer) -> Iterator[str]:
             tokens += experience.num_tokens
             if token_bytes != experience.token_bytes or len(token_bytes) != len(experience.logp_bytes):
                 yield f"a completion of question {question_id!r} has tokens that are not its own"
-            if experience not in buffer._versions:
+            if experience not in store.versions:
                 yield f"a completion of question {question_id!r} has no policy version"
-    if (completions, tokens) != (buffer._num_completions, buffer._num_tokens):
-        yield f"{buffer._num_completions} completions with {buffer._num_tokens} tokens are counted, there are " + (
+    if (completions, tokens) != (store.num_completions, store.num_tokens):
+        yield f"{store.num_completions} completions with {store.num_tokens} tokens are counted, there are " + (
             f"{completions} with {tokens}"
         )
     if completions > (buffer._capacity or completions):
         yield f"{completions} completions exceed the capacity of {buffer._capacity}"
-    for bucket, ids in buffer._buckets.items():
+    for bucket, ids in store.buckets.items():
         if not ids or not 0 <= bucket <= (buffer._group_size or 0):
             yield f"bucket {bucket} of {len(ids)} questions cannot be"
         if not ids.is_consistent():
             yield f"the positions in bucket {bucket} are wrong"
-    if sum(map(len, buffer._buckets.values())) != len(buffer._questions):
+    if sum(map(len, store.buckets.values())) != len(store.questions):
         yield "a bucket holds a question that is not stored in it"
-    owners = list(buffer._versions)
-    if len(owners) != completions or not buffer._versions.is_consistent():
+    owners = list(store.versions)
+    if len(owners) != completions or not store.versions.is_consistent():
         yield "the policy versions hold completions that are not stored"
     for experience, question_id in owners:
-        if question_id not in buffer._questions or (
-            buffer._questions[question_id].completions.get(experience.token_bytes) is not experience
+        if question_id not in store.questions or (
+            store.questions[question_id].completions.get(experience.token_bytes) is not experience
         ):
             yield f"a policy version holds a completion that question {question_id!r} does not have"

@@ -1,16 +1,11 @@
-"""Records that the replay buffer stores: questions, completions and candidates for replay."""
+"""Records that the replay buffer stores and the trainer replays: questions, completions, candidates, replays."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
 import operator
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
 from typing import Any
 
 import numpy as np
@@ -23,113 +18,10 @@ MAX_LOG_PROBABILITY = 1e-4
 MIN_LOG_PROBABILITY = float(np.finfo(np.float32).min)
 
 _LOW_HALF = 0 if sys.byteorder == "little" else 1  # of the two int32 that make an int64
-_TYPE_KEY = "__exgrpo_type__"
 
 
 class ExperienceBufferError(ValueError):
     """A saved experience buffer cannot be read, or a path cannot take one."""
-
-
-def question_id_of(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    """
-    Identifier of a question that depends on its prompt only.
-
-    Equal prompts have equal ids in every process and every run; the order of the keys inside a message does not
-    matter.
-
-    Args:
-        prompt (`str` or `list[dict]`):
-            Plain or conversational prompt.
-
-    Returns:
-        `str`: 32 hexadecimal digits.
-
-    Raises:
-        TypeError: if the prompt is neither text nor a list of messages, or holds a value that JSON cannot carry.
-    """
-    if not isinstance(prompt, str | list | tuple):
-        raise TypeError(
-            f"A prompt must be a string or a list of messages, got {type(prompt).__name__}. "
-            "Set `question_id_column` if questions are identified by another column."
-        )
-    plain = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-    canonical = json.dumps(_to_json(plain, "prompt"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
-
-
-def encode_example(example: Mapping[str, Any]) -> str:
-    """
-    JSON text of a dataset row; [`decode_example`] gives the row back exactly.
-
-    Args:
-        example (`Mapping[str, Any]`):
-            Row of `str`, `int`, `float` (NaN and infinities too), `bool`, `None`, `list`, `dict`, `datetime`, `date`
-            and `bytes` values, nested to any depth.
-
-    Raises:
-        TypeError: if a column holds any other type.
-    """
-    if not all(type(column) is str for column in example):
-        raise TypeError(f"The columns of an example must be strings, got {list(example)}.")
-    return json.dumps(_to_json_dict({column: _to_json(value, column) for column, value in example.items()}))
-
-
-def decode_example(text: str) -> dict[str, Any]:
-    """
-    Row that [`encode_example`] turned into `text`.
-
-    Args:
-        text (`str`):
-            Output of [`encode_example`].
-
-    Raises:
-        ValueError: if `text` is not the JSON of a row.
-    """
-    example = json.loads(text, object_hook=_from_json_dict)
-    if not isinstance(example, dict):
-        raise ValueError(f"An encoded example must be a JSON object, got {text[:80]!r}.")
-    return example
-
-
-def _to_json(value: Any, column: str) -> Any:
-    # Exact types on purpose: a NumPy scalar, an enum or a tuple would come back as something else.
-    kind = type(value)
-    if value is None or kind in (str, int, float, bool):
-        return value
-    if kind is list:
-        return [_to_json(item, column) for item in value]
-    if kind is dict and all(type(key) is str for key in value):
-        return _to_json_dict({key: _to_json(item, column) for key, item in value.items()})
-    if kind in (datetime, date):
-        return {_TYPE_KEY: kind.__name__, "value": value.isoformat()}
-    if kind is bytes:
-        return {_TYPE_KEY: "bytes", "value": base64.b64encode(value).decode()}
-    what = "dict with keys that are not strings" if kind is dict else f"{kind.__module__}.{kind.__qualname__}"
-    raise TypeError(
-        f"Column {column!r} holds a value of type {what}, which an experience buffer cannot save. Drop the column "
-        "from the dataset or convert it to plain Python values (str, int, float, bool, None, list, dict, datetime, "
-        "date, bytes)."
-    )
-
-
-def _to_json_dict(value: dict[str, Any]) -> dict[str, Any]:
-    # A dict that happens to use our own key goes as a list of pairs, so that it is never taken for a tagged value.
-    return {_TYPE_KEY: "dict", "value": [[*pair] for pair in value.items()]} if _TYPE_KEY in value else value
-
-
-def _from_json_dict(value: dict[str, Any]) -> Any:
-    if _TYPE_KEY not in value:
-        return value
-    kind, content = value[_TYPE_KEY], value["value"]
-    if kind == "datetime":
-        return datetime.fromisoformat(content)
-    if kind == "date":
-        return date.fromisoformat(content)
-    if kind == "bytes":
-        return base64.b64decode(content)
-    if kind == "dict":
-        return dict(content)
-    raise ValueError(f"An encoded example holds the unknown type {kind!r}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +187,28 @@ class Candidate:
     experience: Experience
     entropy: float | None = None
     negative_log_likelihood: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """
+    One replayed question of a generation batch.
+
+    Args:
+        question (`Question`):
+            The question.
+        experience (`Experience`):
+            The stored completion.
+        row (`int`):
+            Row of the generation batch that the stored completion takes.
+        entropy (`float` or `None`):
+            Mean token entropy of the completion under the current policy, nats; `None` when not scored.
+    """
+
+    question: Question
+    experience: Experience
+    row: int
+    entropy: float | None = None
 
 
 def _checked_policy_version(policy_version: int) -> int:

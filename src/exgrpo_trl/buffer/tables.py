@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from .experience import (
-    MAX_LOG_PROBABILITY,
-    MIN_LOG_PROBABILITY,
-    Experience,
-    Question,
-    decode_example,
-    encode_example,
-)
+from ..examples import decode_example, encode_example
+from ..records import MAX_LOG_PROBABILITY, MIN_LOG_PROBABILITY, Experience, Question
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -124,10 +118,8 @@ def completions_to_dataset(buffer: ExperienceBuffer) -> Dataset:
     from datasets import Dataset
 
     rows = (
-        ((question_id, encode_example(buffer.question(question_id).example), bucket), experience)
-        for bucket, question_ids in buffer.buckets().items()
-        for question_id in question_ids
-        for experience in buffer.completions(question_id)
+        ((question.question_id, encode_example(question.example), bucket), experience)
+        for question, bucket, experience in buffer.items()
     )
     batches = []
     for keys, experiences in in_batches(rows):

@@ -1,11 +1,10 @@
-"""Command line: look at a saved experience buffer."""
+"""`exgrpo-trl show`: summary of a saved experience buffer."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +13,28 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .buffer import ExperienceBuffer
-from .experience import ExperienceBufferError
-from .storage import load_buffer, read_metadata
+from ..buffer import ExperienceBuffer
+from ..buffer.metadata import read_metadata
 
+HELP = "summary of a saved experience buffer"
 BUFFER_FOLDER = "experience_buffer"
 BAR_WIDTH = 40
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Entry point of the command `exgrpo-trl`.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("path", type=Path, help="directory of the buffer, or a checkpoint that contains one")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
-    Args:
-        argv (`Sequence[str]`, *optional*):
-            Arguments, by default those of the process.
 
-    Returns:
-        `int`: exit code, 0 if all went well and 1 if the buffer could not be read.
-    """
-    parser = argparse.ArgumentParser(prog="exgrpo-trl", description="Look at what an ExGRPO run has stored.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="summary of a saved experience buffer", description="Show a saved buffer.")
-    show.add_argument("path", type=Path, help="directory of the buffer, or a checkpoint that contains one")
-    show.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
-    try:
-        summary = summarize(arguments.path)
-    except ExperienceBufferError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
-        return 1
+def run(arguments: argparse.Namespace) -> None:
+    """Print the summary of a buffer."""
+    summary = summarize(arguments.path)
     if arguments.json:
         json.dump(summary, sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
         _print(summary, Console())
-    return 0
 
 
 def summarize(path: Path) -> dict[str, Any]:
@@ -65,14 +50,9 @@ def summarize(path: Path) -> dict[str, Any]:
     """
     nested = path / BUFFER_FOLDER
     directory = nested if nested.is_dir() else path
-    buffer: ExperienceBuffer = load_buffer(directory)
+    buffer = ExperienceBuffer.load(directory)
     metadata = read_metadata(directory)
-    versions = [
-        experience.policy_version
-        for question_ids in buffer.buckets().values()
-        for question_id in question_ids
-        for experience in buffer.completions(question_id)
-    ]
+    versions = [experience.policy_version for _, _, experience in buffer.items()]
     return {
         "path": str(directory),
         **{name: metadata[name] for name in ("schema_version", "package_version", "counts")},

@@ -1,14 +1,15 @@
-"""Fresh completions only: whatever generates is not asked for the rows that stored completions take."""
+"""Generation with vLLM, server or engine: neither is asked for the rows that stored completions take."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
-from .experience import Experience
+from ..batch import Batch
+from ..processes import Processes
+from .base import Generate, Rollouts
 
 # What TRL generates with, an attribute of its `VLLMGeneration` by mode.
 ENGINES = {"server": "vllm_client", "colocate": "llm"}
@@ -16,34 +17,40 @@ ENGINES = {"server": "vllm_client", "colocate": "llm"}
 _FIELDS = ("completion_ids", "logprobs")
 
 
-def generate_fresh(
-    generate: Callable[..., Any],
-    prompt_ids: Sequence[list[int]],
-    multimodal_fields: Mapping[str, Sequence[Any]],
-    stored_rows: Collection[int],
-) -> Any:
+class VLLMRollouts(Rollouts):
     """
-    Generate with transformers, without the rows of stored completions.
+    Keeps the rows of stored completions from vLLM, whose answer TRL cuts into parts of equal length.
 
     Args:
-        generate (`Callable`):
-            Generates from prompt token ids and further fields of the same rows; returns completion token ids and more.
-        prompt_ids (`Sequence[list[int]]`):
-            Prompt token ids of the rows of this process.
-        multimodal_fields (`Mapping[str, Sequence[Any]]`):
-            Further fields by name, one value per row.
-        stored_rows (`Collection[int]`):
-            Rows of this process that are not generated.
-
-    Returns:
-        What `generate` returns, with an empty completion in each stored row.
+        vllm ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            What TRL generates with.
+        processes ([`Processes`]):
+            Processes of the run.
+        tensor_parallel_size (`int`):
+            Processes that share an engine.
     """
-    # At least one, because the other processes may wait for this one to generate; it is dropped.
-    rows = [row for row in range(len(prompt_ids)) if row not in stored_rows] or [0]
-    fields = {name: [field[row] for row in rows] for name, field in multimodal_fields.items()}
-    completion_ids, *rest = generate([prompt_ids[row] for row in rows], fields)
-    fresh = dict(zip(rows, completion_ids, strict=True))
-    return [[] if row in stored_rows else fresh[row] for row in range(len(prompt_ids))], *rest
+
+    def __init__(self, vllm: Any, processes: Processes, tensor_parallel_size: int) -> None:
+        self.vllm = vllm
+        self.processes = processes
+        # A server generates for all processes, an engine for those that share it.
+        self.first_process = (
+            0 if vllm.mode == "server" else processes.rank - processes.rank % max(1, tensor_parallel_size)
+        )
+
+    def generate_fresh(
+        self,
+        generate: Generate,
+        prompt_ids: Sequence[Any],
+        multimodal_fields: Mapping[str, Sequence[Any]],
+        batch: Batch,
+    ) -> tuple[Any, ...]:
+        first_row = self.first_process * len(prompt_ids)
+        with (
+            self.processes.together("generating completions"),
+            fresh_rows_only(self.vllm, batch.stored_rows, first_row),
+        ):
+            return generate(prompt_ids, multimodal_fields)
 
 
 @contextmanager
@@ -140,41 +147,6 @@ class _FreshFromEngine(_Fresh):
         nothing = SimpleNamespace(prompt_token_ids=[], outputs=[SimpleNamespace(token_ids=[], logprobs=[])])
         by_row = dict(zip(rows, self._ask(len(rows), generate), strict=True))
         return [by_row.get(row) or nothing for row in range(len(prompts))]
-
-
-def put_stored(
-    completion_ids: Sequence[list[int]],
-    sampling_logps: Sequence[Sequence[float | None]] | None,
-    stored: Mapping[int, Experience],
-) -> tuple[list[list[int]], list[Sequence[float | None]] | None]:
-    """
-    Put stored completions into their rows.
-
-    Args:
-        completion_ids (`Sequence[list[int]]`):
-            Completion token ids by row.
-        sampling_logps (`Sequence[Sequence[float | None]]` or `None`):
-            Log-probabilities of what sampled them, by row; `None` where transformers generates.
-        stored (`Mapping[int, Experience]`):
-            Stored completions by row.
-
-    Returns:
-        `tuple`:
-            Token ids, and log-probabilities where there were any: of stored completions those of the policy that
-            generated them.
-    """
-    ids = [stored[row].token_ids.tolist() if row in stored else ids for row, ids in enumerate(completion_ids)]
-    if sampling_logps is None:
-        return ids, None
-    return ids, [
-        stored[row].behavior_per_token_logps.tolist() if row in stored else logps
-        for row, logps in enumerate(sampling_logps)
-    ]
-
-
-def is_unscored(sampling_logps: Sequence[float | None]) -> bool:
-    """Whether what sampled a completion has left out the log-probability of one of its tokens."""
-    return bool(np.isnan(np.array(sampling_logps, dtype=float)).any())
 
 
 def sampling_metrics(

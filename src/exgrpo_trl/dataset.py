@@ -1,4 +1,4 @@
-"""Questions of the training dataset: their ids, and the sampler that leaves retired ones out."""
+"""Which questions of the training dataset an epoch leaves out, and the sampler that does it."""
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -9,75 +9,9 @@ import numpy as np
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
-from .experience import question_id_of
+from .examples import dataset_question_ids
 
 logger = logging.get_logger(__name__)
-
-
-def row_question_id(row: Mapping[str, Any], question_id_column: str | None) -> str:
-    """
-    Id of the question of a dataset row.
-
-    Args:
-        row (`Mapping`):
-            Dataset row.
-        question_id_column (`str` or `None`):
-            Column that holds the id. `None` hashes the prompt.
-
-    Returns:
-        `str`:
-            The id.
-
-    Raises:
-        `ValueError`:
-            When the column is missing or empty in this row.
-    """
-    if question_id_column is None:
-        return question_id_of(row["prompt"])
-    if row.get(question_id_column) is None:
-        raise ValueError(
-            f"question_id_column={question_id_column!r} is missing from a row of the training dataset, which has "
-            f"{sorted(row)}. Name a column that every row fills, or use None to identify questions by their prompt."
-        )
-    return str(row[question_id_column])
-
-
-def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[str]:
-    """
-    Ids of all questions of a map-style dataset, in row order.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Training dataset.
-        question_id_column (`str` or `None`):
-            Column that holds the id. `None` hashes the prompt.
-
-    Returns:
-        `list[str]`:
-            One id per row.
-
-    Raises:
-        `ValueError`:
-            When the column does not exist, is empty in a row, or gives one id to two different prompts.
-    """
-    if question_id_column is None:
-        return [question_id_of(prompt) for prompt in dataset["prompt"]]
-    if question_id_column not in dataset.column_names:
-        raise ValueError(
-            f"question_id_column={question_id_column!r} is not a column of the training dataset, which has "
-            f"{dataset.column_names}. Name one of these, or use None to identify questions by their prompt."
-        )
-    rows = dataset.select_columns(sorted({question_id_column, "prompt"}))
-    question_ids = [row_question_id(row, question_id_column) for row in rows]
-    first_prompts: dict[str, str] = {}
-    for question_id, prompt in zip(question_ids, rows["prompt"], strict=True):
-        prompt_hash = question_id_of(prompt)
-        if first_prompts.setdefault(question_id, prompt_hash) != prompt_hash:
-            raise ValueError(
-                f"question_id_column={question_id_column!r} gives the id {question_id!r} to two different prompts. "
-                "Give every prompt an id of its own, or use None to identify questions by their prompt."
-            )
-    return question_ids
 
 
 class DroppedQuestions:

@@ -1,11 +1,15 @@
 """Importance ratio and importance weights of a replayed completion: pure functions of tensors."""
 
+from __future__ import annotations
+
 import math
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-REPLAY_WEIGHTINGS = ("shaped", "balanced", "clipped", "truncated", "none")
+from .base import Strategy
 
 # float32 overflows at exp(88.7); a ratio of exp(80) is far beyond anything a weighting distinguishes.
 _MAX_ABS_LOG_RATIO = 80.0
@@ -23,6 +27,120 @@ class ImportanceWeight(NamedTuple):
 
     value: torch.Tensor
     gradient: torch.Tensor
+
+
+WeightingFunction = Callable[[torch.Tensor, torch.Tensor], ImportanceWeight]
+"""What a replay weighting is called with, and what it returns."""
+
+
+class ReplayWeighting(Strategy):
+    """
+    Weight of a replayed token in the objective. Acts on every process, in the loss.
+
+    | weighting | value | gradient |
+    | --- | --- | --- |
+    | `"shaped"` (ExGRPO, Eq. 4) | `f(w) = w / (w + beta)` | `beta w / (w + beta)^2` |
+    | `"balanced"` | `(1 + beta)^2 / beta * f(w)` | `(1 + beta)^2 w / (w + beta)^2`, 1 at `w = 1` |
+    | `"clipped"` (PPO) | `min(w A, clip(w, 1 - epsilon_low, 1 + epsilon_high) A) / A` | `w`, or 0 where clipped |
+    | `"truncated"` (V-trace) | `min(w, 1)` | `min(w, 1)` |
+    | `"none"` | 1 | 1 |
+    """
+
+    @abstractmethod
+    def __call__(self, log_ratio: torch.Tensor, advantages: torch.Tensor) -> ImportanceWeight:
+        """
+        Value and gradient factor of the weight, both with the shape of `log_ratio`. Called without gradient.
+
+        Args:
+            log_ratio (`torch.Tensor`):
+                Log importance ratio, shape `(B, T)` or, for sequences, `(B, 1)`.
+            advantages (`torch.Tensor`):
+                Advantages, broadcastable to `log_ratio`.
+        """
+
+
+class Shaped(ReplayWeighting):
+    """
+    Policy shaping, the paper's weight (Eq. 4): gentle with likely tokens, strong with unlikely ones.
+
+    Args:
+        beta (`float`, *optional*, defaults to `0.1`):
+            Shaping constant, above 0.
+    """
+
+    def __init__(self, beta: float = 0.1) -> None:
+        if not 0 < beta < math.inf:
+            raise ValueError(f"`beta` must be positive and finite, got {beta}.")
+        self.beta = beta
+
+    @property
+    def scale(self) -> float:
+        """Factor of value and gradient."""
+        return 1.0
+
+    def __call__(self, log_ratio: torch.Tensor, advantages: torch.Tensor) -> ImportanceWeight:
+        shifted = log_ratio - math.log(self.beta)
+        # f (1 - f) with 1 - f = sigmoid(-x), which keeps its digits where f rounds to 1.
+        gradient = torch.sigmoid(shifted) * torch.sigmoid(-shifted)
+        return ImportanceWeight(self.scale * policy_shaping(log_ratio, self.beta), self.scale * gradient)
+
+
+class Balanced(Shaped):
+    """Policy shaping scaled so that a stored completion pulls as hard as a fresh one where the policy is the same."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of value and gradient: the gradient is 1 at ratio 1."""
+        return (1 + self.beta) ** 2 / self.beta
+
+
+class Clipped(ReplayWeighting):
+    """
+    The clipped ratio of PPO, an ablation of the paper.
+
+    Args:
+        epsilon_low (`float`, *optional*, defaults to `0.2`):
+            Lower clipping range.
+        epsilon_high (`float`, *optional*):
+            Upper clipping range. By default the lower one.
+    """
+
+    def __init__(self, epsilon_low: float = 0.2, epsilon_high: float | None = None) -> None:
+        self.epsilon_low = epsilon_low
+        self.epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
+
+    def __call__(self, log_ratio: torch.Tensor, advantages: torch.Tensor) -> ImportanceWeight:
+        ratio = _ratio(log_ratio)
+        upper, lower = 1 + self.epsilon_high, 1 - self.epsilon_low
+        is_positive = (advantages >= 0).expand_as(ratio)
+        value = torch.where(is_positive, ratio.clamp(max=upper), ratio.clamp(min=lower))
+        is_clipped = torch.where(is_positive, ratio > upper, ratio < lower)
+        return ImportanceWeight(value, ratio.masked_fill(is_clipped, 0.0))
+
+
+class Truncated(ReplayWeighting):
+    """The truncated ratio of IMPALA and V-trace."""
+
+    def __call__(self, log_ratio: torch.Tensor, advantages: torch.Tensor) -> ImportanceWeight:
+        ratio = _ratio(log_ratio).clamp(max=1.0)
+        return ImportanceWeight(ratio, ratio)
+
+
+class Unweighted(ReplayWeighting):
+    """No importance correction, an ablation of the paper."""
+
+    def __call__(self, log_ratio: torch.Tensor, advantages: torch.Tensor) -> ImportanceWeight:
+        return ImportanceWeight(torch.ones_like(log_ratio), torch.ones_like(log_ratio))
+
+
+REPLAY_WEIGHTINGS: dict[str, type[ReplayWeighting]] = {
+    "shaped": Shaped,
+    "balanced": Balanced,
+    "clipped": Clipped,
+    "truncated": Truncated,
+    "none": Unweighted,
+}
+"""Built-in replay weightings by name."""
 
 
 def importance_log_ratio(
@@ -83,69 +201,6 @@ def policy_shaping(log_ratio: torch.Tensor, beta: float) -> torch.Tensor:
     return torch.sigmoid(log_ratio - math.log(beta))
 
 
-@torch.no_grad()
-def importance_weight(
-    log_ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    weighting: str = "shaped",
-    *,
-    beta: float = 0.1,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-) -> ImportanceWeight:
-    """
-    Weight of a replayed token and the factor of its policy gradient, for one of five weightings.
-
-    | weighting | value | gradient |
-    | --- | --- | --- |
-    | `"shaped"` (ExGRPO, Eq. 4) | `f(w) = w / (w + beta)` | `beta w / (w + beta)^2` |
-    | `"balanced"` | `(1 + beta)^2 / beta * f(w)` | `(1 + beta)^2 w / (w + beta)^2`, 1 at `w = 1` |
-    | `"clipped"` (PPO) | `min(w A, clip(w, 1 - epsilon_low, 1 + epsilon_high) A) / A` | `w`, or 0 where clipped |
-    | `"truncated"` (V-trace) | `min(w, 1)` | `min(w, 1)` |
-    | `"none"` | 1 | 1 |
-
-    Args:
-        log_ratio (`torch.Tensor`):
-            Log importance ratio, shape `(B, T)` or `(B, 1)`.
-        advantages (`torch.Tensor`):
-            Advantages, broadcastable to `log_ratio`; only their sign matters, and only for `"clipped"`.
-        weighting (`str`, *optional*, defaults to `"shaped"`):
-            One of the names above.
-        beta (`float`, *optional*, defaults to `0.1`):
-            Shaping constant of `"shaped"` and `"balanced"`.
-        epsilon_low (`float`, *optional*, defaults to `0.2`):
-            Lower clipping range of `"clipped"`.
-        epsilon_high (`float`, *optional*, defaults to `0.2`):
-            Upper clipping range of `"clipped"`.
-
-    Returns:
-        [`ImportanceWeight`]:
-            Value and gradient factor, both with the shape of `log_ratio`.
-
-    Raises:
-        `ValueError`:
-            When `weighting` is unknown.
-    """
-    if weighting in ("shaped", "balanced"):
-        scale = (1 + beta) ** 2 / beta if weighting == "balanced" else 1.0
-        shifted = log_ratio - math.log(beta)
-        # f (1 - f) with 1 - f = sigmoid(-x), which keeps its digits where f rounds to 1.
-        gradient = torch.sigmoid(shifted) * torch.sigmoid(-shifted)
-        return ImportanceWeight(scale * torch.sigmoid(shifted), scale * gradient)
-    if weighting == "none":
-        return ImportanceWeight(torch.ones_like(log_ratio), torch.ones_like(log_ratio))
-    ratio = torch.exp(log_ratio.clamp(-_MAX_ABS_LOG_RATIO, _MAX_ABS_LOG_RATIO))
-    if weighting == "truncated":
-        return ImportanceWeight(ratio.clamp(max=1.0), ratio.clamp(max=1.0))
-    if weighting == "clipped":
-        upper, lower = 1 + epsilon_high, 1 - epsilon_low
-        is_positive = (advantages >= 0).expand_as(ratio)
-        value = torch.where(is_positive, ratio.clamp(max=upper), ratio.clamp(min=lower))
-        is_clipped = torch.where(is_positive, ratio > upper, ratio < lower)
-        return ImportanceWeight(value, ratio.masked_fill(is_clipped, 0.0))
-    raise ValueError(f"replay_weighting={weighting!r} is unknown. Choose one of {', '.join(REPLAY_WEIGHTINGS)}.")
-
-
 def with_gradient(weight: ImportanceWeight, log_ratio: torch.Tensor) -> torch.Tensor:
     """
     A tensor with the value of `weight.value` whose derivative with respect to `log_ratio` is `weight.gradient`.
@@ -167,12 +222,9 @@ def mixed_advantages(
     advantages: torch.Tensor,
     log_ratio: torch.Tensor,
     is_replayed: torch.Tensor,
+    weighting: WeightingFunction,
     *,
     loss_type: str,
-    weighting: str = "shaped",
-    beta: float = 0.1,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
     sapo_temperatures: tuple[float, float] = (1.0, 1.05),
 ) -> torch.Tensor:
     """
@@ -188,11 +240,11 @@ def mixed_advantages(
             Log importance ratio with its graph, shape `(B, T)` or `(B, 1)`; only replayed rows are read.
         is_replayed (`torch.Tensor`):
             Which rows hold a stored completion, boolean, shape `(B,)`.
+        weighting ([`ReplayWeighting`]):
+            Weight of the replayed rows.
         loss_type (`str`):
             TRL's loss type. `"cispo"` and `"vespo"` multiply the advantage with `log pi`, so they take the gradient
             factor itself; `"sapo"` scales ratio 1 by `2 / temperature`, which is undone.
-        weighting, beta, epsilon_low, epsilon_high:
-            As for [`importance_weight`].
         sapo_temperatures (`tuple[float, float]`, *optional*, defaults to `(1.0, 1.05)`):
             Temperatures of `"sapo"` for positive and for other advantages.
 
@@ -201,11 +253,14 @@ def mixed_advantages(
             Shape of `log_ratio`; rows that are not replayed hold their advantage unchanged.
     """
     fresh = advantages.unsqueeze(1).expand_as(log_ratio)
-    weight = importance_weight(
-        log_ratio.detach(), fresh, weighting, beta=beta, epsilon_low=epsilon_low, epsilon_high=epsilon_high
-    )
+    with torch.no_grad():
+        weight = ImportanceWeight(*weighting(log_ratio.detach(), fresh))
     factor = weight.gradient if loss_type in ("cispo", "vespo") else with_gradient(weight, log_ratio)
     if loss_type == "sapo":
         positive, other = sapo_temperatures
         factor = factor * torch.where(fresh > 0, positive, other) / 2
     return torch.where(is_replayed.unsqueeze(1), factor * fresh, fresh)
+
+
+def _ratio(log_ratio: torch.Tensor) -> torch.Tensor:
+    return torch.exp(log_ratio.clamp(-_MAX_ABS_LOG_RATIO, _MAX_ABS_LOG_RATIO))

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, KeysView, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from .experience import Experience, Question
-from .indices import Bucket, BucketView, VersionIndex
+from ..records import Experience, Question
+from ..strategies.eviction import EvictionFunction, Oldest
+from ..strategies.samplers import GaussianSampler, SamplingFunction
+from .indices import BucketView
 from .invariants import violations
-from .sampling import QuestionSampler, gaussian_sampler
+from .store import Store, StoredQuestion
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-@dataclass(slots=True)
-class _StoredQuestion:
-    question: Question
-    bucket: int
-    # By token ids, oldest first: the key finds duplicates.
-    completions: dict[bytes, Experience] = field(default_factory=dict)
 
 
 class ExperienceBuffer:
@@ -40,15 +33,17 @@ class ExperienceBuffer:
         group_size (`int`, *optional*):
             Completions per question at training time (K). By default that of the first collected group.
         capacity (`int`, *optional*):
-            Most completions kept. Beyond it, completions of the oldest policy version go first.
+            Most completions kept. Beyond it `eviction` decides; by default the oldest policy version goes first.
         max_completions_per_question (`int`, *optional*):
-            Most completions kept per question. Beyond it, those stored first go first.
+            Most completions kept per question. Beyond it `eviction` decides; by default those stored first go first.
         retire_solved (`bool`, *optional*, defaults to `True`):
             Whether a question whose whole group is correct is retired.
         seed (`int`, *optional*, defaults to `0`):
             Seed of `rng`.
 
     Attributes:
+        eviction (`Callable`):
+            Which completion leaves where a limit is exceeded, see [`EvictionRule`]; by default [`Oldest`].
         rng (`numpy.random.Generator`):
             PCG64 generator of every draw; saved with the buffer.
         provenance (`dict[str, Any]`):
@@ -77,17 +72,14 @@ class ExperienceBuffer:
         self._capacity = _checked_size("capacity", capacity)
         self._max_per_question = _checked_size("max_completions_per_question", max_completions_per_question)
         self._retire_solved = retire_solved
+        self.eviction: EvictionFunction = Oldest()
         self.rng = np.random.Generator(np.random.PCG64(seed))
         self.provenance: dict[str, Any] = {}
         self.replay_state: dict[str, Any] = {}
         self.num_evicted = 0
         self.num_duplicates = 0
-        self._num_completions = 0
-        self._num_tokens = 0
-        self._questions: dict[str, _StoredQuestion] = {}
-        self._buckets: dict[int, Bucket] = {}
+        self._store = Store()
         self._retired: dict[str, None] = {}
-        self._versions = VersionIndex()
 
     @property
     def group_size(self) -> int | None:
@@ -112,17 +104,17 @@ class ExperienceBuffer:
     @property
     def num_questions(self) -> int:
         """Number of stored questions."""
-        return len(self._questions)
+        return len(self._store.questions)
 
     @property
     def num_completions(self) -> int:
         """Number of stored completions."""
-        return self._num_completions
+        return self._store.num_completions
 
     @property
     def num_tokens(self) -> int:
         """Number of stored completion tokens."""
-        return self._num_tokens
+        return self._store.num_tokens
 
     @property
     def retired(self) -> KeysView[str]:
@@ -130,7 +122,7 @@ class ExperienceBuffer:
         return self._retired.keys()
 
     def __contains__(self, question_id: object) -> bool:
-        return question_id in self._questions
+        return question_id in self._store.questions
 
     def __repr__(self) -> str:
         return (
@@ -156,9 +148,38 @@ class ExperienceBuffer:
         """
         return tuple(self._stored(question_id).completions.values())
 
+    def items(self) -> Iterator[tuple[Question, int, Experience]]:
+        """Every stored completion with its question and bucket; by bucket, question and age."""
+        for bucket, question_ids in self.buckets().items():
+            for question_id in question_ids:
+                question = self.question(question_id)
+                for experience in self.completions(question_id):
+                    yield question, bucket, experience
+
+    def oldest(self, question_id: str | None = None) -> tuple[str, Experience]:
+        """
+        The completion that is next to leave by age, with the id of its question.
+
+        Args:
+            question_id (`str`, *optional*):
+                Look at the completions of this question alone: the one that was stored first. By default at all: of
+                the oldest policy version, the one that was stored last, as that takes constant time.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        if question_id is not None:
+            return question_id, next(iter(self._stored(question_id).completions.values()))
+        version = self._store.versions.oldest()
+        if version is None:
+            raise KeyError("The experience buffer is empty.")
+        experience, owner = self._store.versions.latest(version)
+        return owner, experience
+
     def buckets(self) -> Mapping[int, Sequence[str]]:
         """Question ids by latest number of correct completions: non-empty buckets, ascending; read-only live views."""
-        return MappingProxyType({key: BucketView(self._buckets[key]) for key in sorted(self._buckets)})
+        buckets = self._store.buckets
+        return MappingProxyType({key: BucketView(buckets[key]) for key in sorted(buckets)})
 
     def collect(
         self,
@@ -222,20 +243,21 @@ class ExperienceBuffer:
             return 0
         if num_correct == 0:
             return 0
-        num_inserted = self._insert(question, experiences, bucket)
+        num_inserted, num_duplicates = self._store.insert(question, experiences, bucket)
+        self.num_duplicates += num_duplicates
         self._apply_question_limit(question.question_id)
         self._apply_capacity()
         return num_inserted
 
-    def sample_questions(self, n: int, sampler: QuestionSampler | None = None) -> list[str]:
+    def sample_questions(self, n: int, sampler: SamplingFunction | None = None) -> list[str]:
         """
         Draw distinct stored questions.
 
         Args:
             n (`int`):
                 Number of questions; no more than are stored come back.
-            sampler (`QuestionSampler`, *optional*):
-                Rule of the draw, by default [`gaussian_sampler`] with the paper's settings.
+            sampler (`Callable`, *optional*):
+                Rule of the draw, see [`QuestionSampler`]; by default [`GaussianSampler`] with the paper's settings.
 
         Returns:
             `list[str]`: question ids.
@@ -246,21 +268,21 @@ class ExperienceBuffer:
         if n < 0:
             raise ValueError(f"The number of questions to draw must not be negative, got {n}.")
         n = min(n, self.num_questions)
-        drawn = list((sampler or gaussian_sampler())(self, n, self.rng)) if n else []
+        drawn = list((sampler or GaussianSampler())(self, n, self.rng)) if n else []
         if len(drawn) > n:
             raise ValueError(f"The question sampler returned {len(drawn)} questions, at most {n} were asked for.")
         if len(set(drawn)) < len(drawn):
             raise ValueError("The question sampler returned a question twice; it must draw without replacement.")
-        if unknown := [question_id for question_id in drawn if question_id not in self._questions]:
+        if unknown := [question_id for question_id in drawn if question_id not in self._store.questions]:
             raise ValueError(f"The question sampler returned {unknown[0]!r}, which is not a stored question.")
         return drawn
 
     def retire(self, question_id: str) -> None:
         """Remove a question for good, whether stored or not; later groups of it are ignored."""
         self._retired[question_id] = None
-        if stored := self._questions.get(question_id):
+        if stored := self._store.questions.get(question_id):
             for experience in list(stored.completions.values()):
-                self._remove(question_id, experience)
+                self._store.remove(question_id, experience)
 
     def evict(self, question_id: str, experience: Experience) -> bool:
         """
@@ -275,11 +297,10 @@ class ExperienceBuffer:
         Returns:
             `bool`: whether it was stored.
         """
-        stored = self._questions.get(question_id)
-        found = stored.completions.get(experience.token_bytes) if stored else None
+        found = self._store.find(question_id, experience)
         if found is None:
             return False
-        self._remove(question_id, found)
+        self._store.remove(question_id, found)
         self.num_evicted += 1
         return True
 
@@ -294,10 +315,10 @@ class ExperienceBuffer:
         Returns:
             `int`: number of completions removed.
         """
-        num_before = self._num_completions
-        while (oldest := self._versions.oldest()) is not None and oldest < policy_version:
-            self._evict_one_of(oldest)
-        return num_before - self._num_completions
+        num_before = self.num_evicted
+        while self.num_completions and (oldest := self.oldest())[1].policy_version < policy_version:
+            ExperienceBuffer.evict(self, *oldest)
+        return self.num_evicted - num_before
 
     def set_limits(self, *, capacity: int | None, max_completions_per_question: int | None) -> None:
         """
@@ -315,7 +336,7 @@ class ExperienceBuffer:
         checked_capacity = _checked_size("capacity", capacity)
         self._max_per_question = _checked_size("max_completions_per_question", max_completions_per_question)
         self._capacity = checked_capacity
-        for question_id in self._questions:
+        for question_id in self._store.questions:
             self._apply_question_limit(question_id)
         self._apply_capacity()
 
@@ -330,7 +351,7 @@ class ExperienceBuffer:
             "duplicates": self.num_duplicates,
         }
         sizes = dict.fromkeys(range(1, self._group_size or 0), 0)
-        sizes |= {bucket: len(ids) for bucket, ids in self._buckets.items()}
+        sizes |= {bucket: len(ids) for bucket, ids in self._store.buckets.items()}
         counts |= {f"bucket_{bucket}": sizes[bucket] for bucket in sorted(sizes)}
         return {name: float(count) for name, count in counts.items()}
 
@@ -341,14 +362,14 @@ class ExperienceBuffer:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save to a directory, see [`save_buffer`]."""
-        from .storage import save_buffer
+        from .files import save_buffer
 
         save_buffer(self, path)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
         """Load from a directory that [`~ExperienceBuffer.save`] wrote, see [`load_buffer`]."""
-        from .storage import load_buffer
+        from .files import load_buffer
 
         return load_buffer(path, cls)
 
@@ -380,18 +401,21 @@ class ExperienceBuffer:
         buffer = cls(group_size=group_size, **kwargs)
         for question, experience, bucket in completions_from_dataset(dataset):
             buffer._check_prompt(question)
-            buffer._insert(question, [experience], _checked_count("bucket", bucket, group_size))
+            _, num_duplicates = buffer._store.insert(
+                question, [experience], _checked_count("bucket", bucket, group_size)
+            )
+            buffer.num_duplicates += num_duplicates
         buffer.set_limits(capacity=buffer.capacity, max_completions_per_question=buffer.max_completions_per_question)
         return buffer
 
-    def _stored(self, question_id: str) -> _StoredQuestion:
+    def _stored(self, question_id: str) -> StoredQuestion:
         try:
-            return self._questions[question_id]
+            return self._store.questions[question_id]
         except KeyError:
             raise KeyError(f"The experience buffer holds no completion of question {question_id!r}.") from None
 
     def _check_prompt(self, question: Question) -> None:
-        stored = self._questions.get(question.question_id)
+        stored = self._store.questions.get(question.question_id)
         if stored is not None and stored.question.example["prompt"] != question.example["prompt"]:
             raise ValueError(
                 f"Question id {question.question_id!r} belongs to two prompts: "
@@ -399,64 +423,24 @@ class ExperienceBuffer:
                 "column with one id per prompt, or by the prompt itself (`question_id_column=None`)."
             )
 
-    def _insert(self, question: Question, experiences: Iterable[Experience], bucket: int) -> int:
-        """Store what is new among the completions of a question and put the question, if stored, into the bucket."""
-        question_id = question.question_id
-        stored = self._questions.get(question_id)
-        num_before = self._num_completions
-        for experience in experiences:
-            if stored is None:
-                stored = self._questions[question_id] = _StoredQuestion(question, bucket)
-                self._buckets.setdefault(bucket, Bucket()).add(question_id)
-            if experience.token_bytes in stored.completions:
-                self.num_duplicates += 1
-                continue
-            # One object under two questions would be one entry of the index.
-            unique = replace(experience) if experience in self._versions else experience
-            stored.completions[unique.token_bytes] = unique
-            self._versions.add(unique, question_id)
-            self._num_completions += 1
-            self._num_tokens += unique.num_tokens
-        if stored is not None and stored.bucket != bucket:
-            self._leave_bucket(question_id, stored.bucket)
-            self._buckets.setdefault(bucket, Bucket()).add(question_id)
-            stored.bucket = bucket
-        return self._num_completions - num_before
-
-    def _remove(self, question_id: str, experience: Experience) -> None:
-        self._versions.remove(experience)
-        self._forget(question_id, experience)
-
-    def _forget(self, question_id: str, experience: Experience) -> None:
-        """Remove a completion that is no longer in the version index."""
-        stored = self._questions[question_id]
-        del stored.completions[experience.token_bytes]
-        self._num_completions -= 1
-        self._num_tokens -= experience.num_tokens
-        if not stored.completions:
-            del self._questions[question_id]
-            self._leave_bucket(question_id, stored.bucket)
-
-    def _leave_bucket(self, question_id: str, bucket: int) -> None:
-        self._buckets[bucket].remove(question_id)
-        if not self._buckets[bucket]:
-            del self._buckets[bucket]
-
-    def _evict_one_of(self, policy_version: int) -> None:
-        experience, question_id = self._versions.pop(policy_version)
-        self._forget(question_id, experience)
-        self.num_evicted += 1
-
     def _apply_capacity(self) -> None:
-        while self._capacity is not None and self._num_completions > self._capacity:
-            oldest = self._versions.oldest()
-            assert oldest is not None, "a buffer above its capacity is not empty"
-            self._evict_one_of(oldest)
+        while self._capacity is not None and self.num_completions > self._capacity:
+            self._evict_by_rule(None)
 
     def _apply_question_limit(self, question_id: str) -> None:
-        stored = self._questions.get(question_id)
+        stored = self._store.questions.get(question_id)
         while stored and self._max_per_question is not None and len(stored.completions) > self._max_per_question:
-            self.evict(question_id, next(iter(stored.completions.values())))
+            self._evict_by_rule(question_id)
+
+    def _evict_by_rule(self, question_id: str | None) -> None:
+        owner, experience = self.eviction(self, question_id)
+        # Not `self.evict`, which a subclass may refuse: the loop around would never end.
+        if question_id not in (None, owner) or not ExperienceBuffer.evict(self, owner, experience):
+            where = "the buffer" if question_id is None else f"question {question_id!r}"
+            raise ValueError(
+                f"The eviction rule returned a completion of question {owner!r} that {where} does not hold. Return "
+                "the id of a stored question and one of its completions."
+            )
 
     def _restore(
         self,
@@ -465,14 +449,7 @@ class ExperienceBuffer:
         retired: Iterable[str],
     ) -> None:
         """Fill an empty buffer so that every order is as it was: of bucket, question, policy version, retirement."""
-        for question, bucket, experiences in questions:
-            stored = self._questions[question.question_id] = _StoredQuestion(question, bucket)
-            stored.completions.update((experience.token_bytes, experience) for experience in experiences)
-            self._buckets.setdefault(bucket, Bucket()).add(question.question_id)
-            self._num_completions += len(experiences)
-            self._num_tokens += sum(experience.num_tokens for experience in experiences)
-        for experience, question_id in by_age:
-            self._versions.add(experience, question_id)
+        self._store.restore(questions, by_age)
         self._retired.update(dict.fromkeys(retired))
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .buffer import ExperienceBuffer
-from .experience import Experience, ExperienceBufferError, Question, decode_example, encode_example
+from ..examples import decode_example, encode_example
+from ..records import Experience, ExperienceBufferError, Question
+from .metadata import (
+    COMPLETIONS_FILE,
+    DATA_FILES,
+    METADATA_FILE,
+    QUESTIONS_FILE,
+    RESUME_HINT,
+    RETIRED_FILE,
+    digests,
+    fail,
+    metadata_text,
+    read_metadata,
+)
 from .tables import (
     EXPERIENCE_SCHEMA,
     QUESTION_SCHEMA,
@@ -25,14 +34,10 @@ from .tables import (
     in_batches,
 )
 
-Buffer = TypeVar("Buffer", bound=ExperienceBuffer)
+if TYPE_CHECKING:
+    from .buffer import ExperienceBuffer
 
-SCHEMA_VERSION = 1
-METADATA_FILE = "metadata.json"
-QUESTIONS_FILE = "questions.parquet"
-COMPLETIONS_FILE = "completions.parquet"
-RETIRED_FILE = "retired.parquet"
-DATA_FILES = (QUESTIONS_FILE, COMPLETIONS_FILE, RETIRED_FILE)
+Buffer = TypeVar("Buffer", bound="ExperienceBuffer")
 
 # `question` is a row number of the questions file. `age_rank` orders the completions of a policy version, which need
 # not be the order of the rows: these go by question.
@@ -40,9 +45,6 @@ COMPLETION_SCHEMA = pa.unify_schemas(
     [pa.schema([("question", pa.int64()), ("age_rank", pa.int64())]), EXPERIENCE_SCHEMA]
 )
 RETIRED_SCHEMA = pa.schema([("question_id", pa.string())])
-
-_NO_CHECKSUM = '"checksum": ""'
-_RESUME_HINT = "Resume from an earlier checkpoint, or put an empty buffer in its place: ExperienceBuffer().save(PATH)."
 
 
 def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
@@ -86,14 +88,14 @@ def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer] = ExperienceBuffer) -> Buffer:  # type: ignore[assignment]
+def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer]) -> Buffer:
     """
     Load a buffer that [`save_buffer`] wrote; it goes on exactly as the saved one would have.
 
     Args:
         path (`str` or `os.PathLike`):
             Directory of the buffer.
-        buffer_class (`type`, *optional*, defaults to [`ExperienceBuffer`]):
+        buffer_class (`type`):
             Class of the buffer, with the constructor of [`ExperienceBuffer`].
 
     Raises:
@@ -107,48 +109,7 @@ def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer] = Exper
     except ExperienceBufferError:
         raise
     except (OSError, ValueError, TypeError, KeyError, IndexError, pa.ArrowException) as error:
-        _fail(source, f"cannot be read ({type(error).__name__}: {error}). {_RESUME_HINT}", error)
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """
-    The checked content of a saved buffer's `metadata.json`.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            Directory of the buffer.
-
-    Raises:
-        ExperienceBufferError: if it is missing, damaged, or written by a newer version.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        _fail(
-            directory,
-            "does not exist. Check the path; to go on with an empty one: "
-            f"ExperienceBuffer().save({str(directory)!r}).",
-        )
-    file = directory / METADATA_FILE
-    if not file.is_file():
-        _fail(directory, f"has no {METADATA_FILE}. {_RESUME_HINT}")
-    try:
-        text = file.read_bytes().decode("ascii")
-        metadata = json.loads(text)
-        schema_version, checksum = metadata["schema_version"], metadata["checksum"]
-        is_newer = schema_version > SCHEMA_VERSION
-        # The checksum covers every byte of the file but its own digits.
-        is_intact = _sha256(text.replace(f'"checksum": "{checksum}"', _NO_CHECKSUM, 1)) == checksum
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        _fail(directory, f"has a damaged {METADATA_FILE} ({type(error).__name__}: {error}). {_RESUME_HINT}", error)
-    if is_newer:
-        _fail(
-            directory,
-            f"has schema version {schema_version}, this version of exgrpo-trl reads up to {SCHEMA_VERSION}. Upgrade "
-            "exgrpo-trl: pip install --upgrade exgrpo-trl.",
-        )
-    if not is_intact:
-        _fail(directory, f"has a damaged {METADATA_FILE}: its checksum does not match. {_RESUME_HINT}")
-    return dict(metadata)
+        fail(source, f"cannot be read ({type(error).__name__}: {error}). {RESUME_HINT}", error)
 
 
 def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
@@ -160,7 +121,7 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
             examples = [encode_example(buffer.question(question_id).example) for question_id in ids]
             file.write_batch(pa.record_batch([ids, examples, buckets], schema=QUESTION_SCHEMA))
 
-    ranks = {experience: rank for rank, (experience, _) in enumerate(buffer._versions)}
+    ranks = {experience: rank for rank, (experience, _) in enumerate(buffer._store.versions)}
     rows = (
         ((row, ranks[experience]), experience)
         for row, (question_id, _) in enumerate(questions)
@@ -176,7 +137,7 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
     with _writer(directory / RETIRED_FILE, RETIRED_SCHEMA) as file:
         file.write_batch(pa.record_batch([pa.array(list(buffer.retired), pa.string())], schema=RETIRED_SCHEMA))
 
-    (directory / METADATA_FILE).write_text(_metadata_text(buffer, directory), encoding="ascii")
+    (directory / METADATA_FILE).write_text(metadata_text(buffer, directory), encoding="ascii")
     for name in (*DATA_FILES, METADATA_FILE):
         _sync(directory / name)
 
@@ -186,49 +147,17 @@ def _writer(file: Path, schema: pa.Schema, **kwargs: Any) -> pq.ParquetWriter:
     return pq.ParquetWriter(file, schema, **options, **kwargs)
 
 
-def _metadata_text(buffer: ExperienceBuffer, directory: Path) -> str:
-    if not isinstance(buffer.rng.bit_generator, np.random.PCG64):
-        raise TypeError(
-            f"`rng` of an experience buffer must use PCG64 to be saved, got {type(buffer.rng.bit_generator).__name__}."
-        )
-    metadata = {
-        "checksum": "",
-        "schema_version": SCHEMA_VERSION,
-        "package_version": _package_version(),
-        "files": {name: {"bytes": size, "sha256": digest} for name, size, digest in _digests(directory)},
-        "counts": {
-            "questions": buffer.num_questions,
-            "completions": buffer.num_completions,
-            "tokens": buffer.num_tokens,
-            "retired": len(buffer.retired),
-            "evicted": buffer.num_evicted,
-            "duplicates": buffer.num_duplicates,
-        },
-        "settings": {
-            "group_size": buffer.group_size,
-            "capacity": buffer.capacity,
-            "max_completions_per_question": buffer.max_completions_per_question,
-            "retire_solved": buffer.retire_solved,
-        },
-        "rng": buffer.rng.bit_generator.state,
-        "provenance": buffer.provenance,
-        "replay_state": buffer.replay_state,
-    }
-    text = json.dumps(metadata, indent=2)
-    return text.replace(_NO_CHECKSUM, f'"checksum": "{_sha256(text)}"', 1)
-
-
 def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     metadata = read_metadata(directory)
     for name in DATA_FILES:
         if not (directory / name).is_file():
-            _fail(directory, f"has no {name}. {_RESUME_HINT}")
-    for name, size, digest in _digests(directory):
+            fail(directory, f"has no {name}. {RESUME_HINT}")
+    for name, size, digest in digests(directory):
         expected = metadata["files"][name]
         if size != expected["bytes"]:
-            _fail(directory, f"is damaged: {name} has {size} bytes instead of {expected['bytes']}. {_RESUME_HINT}")
+            fail(directory, f"is damaged: {name} has {size} bytes instead of {expected['bytes']}. {RESUME_HINT}")
         if digest != expected["sha256"]:
-            _fail(directory, f"is damaged: the checksum of {name} does not match. {_RESUME_HINT}")
+            fail(directory, f"is damaged: the checksum of {name} does not match. {RESUME_HINT}")
 
     buffer = buffer_class(**metadata["settings"])
     buffer.rng.bit_generator.state = metadata["rng"]
@@ -262,7 +191,7 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     if is_valid and any(buffer.metrics()[name] != count for name, count in counts.items()):
         is_valid, reason = False, f"it should have {counts} and has {buffer.metrics()}"
     if not is_valid:
-        _fail(directory, f"contradicts itself: {reason}. {_RESUME_HINT}")
+        fail(directory, f"contradicts itself: {reason}. {RESUME_HINT}")
     return buffer
 
 
@@ -272,30 +201,6 @@ def _row_groups(file: Path, schema: pa.Schema) -> Iterator[pa.Table]:
             raise ValueError(f"{file.name} has the columns {parquet.schema_arrow.names}, expected {schema.names}")
         for index in range(parquet.num_row_groups):
             yield parquet.read_row_group(index, use_threads=False)
-
-
-def _digests(directory: Path) -> Iterator[tuple[str, int, str]]:
-    """Name, size in bytes and SHA-256 of each data file."""
-    for name in DATA_FILES:
-        digest, size = hashlib.sha256(), 0
-        with open(directory / name, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-                size += len(block)
-        yield name, size, digest.hexdigest()
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _package_version() -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("exgrpo-trl")
-    except PackageNotFoundError:
-        return None
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
@@ -316,7 +221,7 @@ def _refuse_foreign(target: Path) -> None:
         else next((entry for entry in sorted(os.listdir(target)) if entry not in (*DATA_FILES, METADATA_FILE)), None)
     )
     if foreign is not None:
-        _fail(target, f"cannot be saved there: {foreign} is not part of one. Choose another path.")
+        fail(target, f"cannot be saved there: {foreign} is not part of one. Choose another path.")
 
 
 def _sync(path: Path) -> None:
@@ -327,7 +232,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _fail(path: Path, what: str, cause: BaseException | None = None) -> NoReturn:
-    raise ExperienceBufferError(f"The experience buffer at {path} {what}") from cause

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from typing import overload
 
-from .experience import Experience
+from ..records import Experience
 
 
 class Bucket(Sequence[str]):
@@ -81,7 +81,7 @@ class BucketView(Sequence[str]):
 
 
 class VersionIndex:
-    """Completions by policy version, each with its question; finds and pops one of the oldest version cheaply."""
+    """Completions by policy version, each with its question; finds one of the oldest version cheaply."""
 
     __slots__ = ("_heap", "_owners")
 
@@ -116,9 +116,12 @@ class VersionIndex:
             del self._owners[heapq.heappop(self._heap)]
         return self._heap[0] if self._heap else None
 
-    def pop(self, version: int) -> tuple[Experience, str]:
-        """Remove the latest completion of a version, with its question; the latest, as that is constant time."""
-        return self._owners[version].popitem()
+    def latest(self, version: int) -> tuple[Experience, str]:
+        """The completion of a version that came last, with its question; the last one, as that is constant time."""
+        owners = self._owners[version]
+        experience, question_id = owners.popitem()
+        owners[experience] = question_id
+        return experience, question_id
 
     def is_consistent(self) -> bool:
         """Whether heap and versions agree."""

@@ -1,10 +1,11 @@
 """What the trainer asks of a buffer: implement this to replace [`ExperienceBuffer`]."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NoReturn, Protocol, Self
 
-from .experience import Experience, Question
-from .sampling import QuestionSampler
+from ..records import Experience, Question
+from ..strategies.eviction import EvictionFunction
+from ..strategies.samplers import SamplingFunction
 
 
 class ReplayBuffer(Protocol):
@@ -20,6 +21,7 @@ class ReplayBuffer(Protocol):
     @property
     def max_completions_per_question(self) -> int | None: ...
 
+    eviction: EvictionFunction
     provenance: dict[str, Any]
     replay_state: dict[str, Any]
 
@@ -36,10 +38,11 @@ class ReplayBuffer(Protocol):
         group_size: int,
         bucket: int | None = None,
     ) -> int: ...
-    def sample_questions(self, n: int, sampler: QuestionSampler | None = None) -> Sequence[str]: ...
+    def sample_questions(self, n: int, sampler: SamplingFunction | None = None) -> Sequence[str]: ...
     def question(self, question_id: str) -> Question: ...
     def completions(self, question_id: str) -> Sequence[Experience]: ...
     def buckets(self) -> Mapping[int, Sequence[str]]: ...
+    def items(self) -> Iterator[tuple[Question, int, Experience]]: ...
     def retire(self, question_id: str) -> None: ...
     def evict(self, question_id: str, experience: Experience) -> bool: ...
     def evict_older_than(self, policy_version: int) -> int: ...
@@ -54,25 +57,9 @@ class RemoteBuffer:
     """
     Stands for the experience buffer on the processes that do not own it: it lives on the main process.
 
-    `retired` is the same on all processes. `save` does nothing, so that a script may call it on all processes, as it
-    would call `trainer.save_model()`. Anything else is an error.
+    `save` does nothing, so that a script may call it on all processes, as it would call `trainer.save_model()`.
+    Anything else is an error.
     """
-
-    def __init__(self) -> None:
-        self._retired: dict[str, None] = {}
-
-    @property
-    def retired(self) -> Set[str]:
-        """Ids of the retired questions in the order of retirement."""
-        return self._retired.keys()
-
-    def retire(self, question_id: str) -> None:
-        """Take note of a retired question."""
-        self._retired[question_id] = None
-
-    def clear(self) -> None:
-        """Forget the retired questions: another buffer takes the place of the old one."""
-        self._retired.clear()
 
     def save(self, path: Any) -> None:
         """The main process saves."""

@@ -1,0 +1,130 @@
+"""`metadata.json` of a saved buffer: what it was, and checksums that tell whether it still is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from ..records import ExperienceBufferError
+
+if TYPE_CHECKING:
+    from .buffer import ExperienceBuffer
+
+SCHEMA_VERSION = 1
+METADATA_FILE = "metadata.json"
+QUESTIONS_FILE = "questions.parquet"
+COMPLETIONS_FILE = "completions.parquet"
+RETIRED_FILE = "retired.parquet"
+DATA_FILES = (QUESTIONS_FILE, COMPLETIONS_FILE, RETIRED_FILE)
+
+_NO_CHECKSUM = '"checksum": ""'
+RESUME_HINT = "Resume from an earlier checkpoint, or put an empty buffer in its place: ExperienceBuffer().save(PATH)."
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """
+    The checked content of a saved buffer's `metadata.json`.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            Directory of the buffer.
+
+    Raises:
+        ExperienceBufferError: if it is missing, damaged, or written by a newer version.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        fail(
+            directory,
+            "does not exist. Check the path; to go on with an empty one: "
+            f"ExperienceBuffer().save({str(directory)!r}).",
+        )
+    file = directory / METADATA_FILE
+    if not file.is_file():
+        fail(directory, f"has no {METADATA_FILE}. {RESUME_HINT}")
+    try:
+        text = file.read_bytes().decode("ascii")
+        metadata = json.loads(text)
+        schema_version, checksum = metadata["schema_version"], metadata["checksum"]
+        is_newer = schema_version > SCHEMA_VERSION
+        # The checksum covers every byte of the file but its own digits.
+        is_intact = _sha256(text.replace(f'"checksum": "{checksum}"', _NO_CHECKSUM, 1)) == checksum
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        fail(directory, f"has a damaged {METADATA_FILE} ({type(error).__name__}: {error}). {RESUME_HINT}", error)
+    if is_newer:
+        fail(
+            directory,
+            f"has schema version {schema_version}, this version of exgrpo-trl reads up to {SCHEMA_VERSION}. Upgrade "
+            "exgrpo-trl: pip install --upgrade exgrpo-trl.",
+        )
+    if not is_intact:
+        fail(directory, f"has a damaged {METADATA_FILE}: its checksum does not match. {RESUME_HINT}")
+    return dict(metadata)
+
+
+def metadata_text(buffer: ExperienceBuffer, directory: Path) -> str:
+    """Text of the metadata of a buffer whose data files are written."""
+    if not isinstance(buffer.rng.bit_generator, np.random.PCG64):
+        raise TypeError(
+            f"`rng` of an experience buffer must use PCG64 to be saved, got {type(buffer.rng.bit_generator).__name__}."
+        )
+    metadata = {
+        "checksum": "",
+        "schema_version": SCHEMA_VERSION,
+        "package_version": _package_version(),
+        "files": {name: {"bytes": size, "sha256": digest} for name, size, digest in digests(directory)},
+        "counts": {
+            "questions": buffer.num_questions,
+            "completions": buffer.num_completions,
+            "tokens": buffer.num_tokens,
+            "retired": len(buffer.retired),
+            "evicted": buffer.num_evicted,
+            "duplicates": buffer.num_duplicates,
+        },
+        "settings": {
+            "group_size": buffer.group_size,
+            "capacity": buffer.capacity,
+            "max_completions_per_question": buffer.max_completions_per_question,
+            "retire_solved": buffer.retire_solved,
+        },
+        "rng": buffer.rng.bit_generator.state,
+        "provenance": buffer.provenance,
+        "replay_state": buffer.replay_state,
+    }
+    text = json.dumps(metadata, indent=2)
+    return text.replace(_NO_CHECKSUM, f'"checksum": "{_sha256(text)}"', 1)
+
+
+def digests(directory: Path) -> Iterator[tuple[str, int, str]]:
+    """Name, size in bytes and SHA-256 of each data file."""
+    for name in DATA_FILES:
+        digest, size = hashlib.sha256(), 0
+        with open(directory / name, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+                size += len(block)
+        yield name, size, digest.hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _package_version() -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("exgrpo-trl")
+    except PackageNotFoundError:
+        return None
+
+
+def fail(path: Path, what: str, cause: BaseException | None = None) -> NoReturn:
+    """Say of the buffer at a path what is wrong."""
+    raise ExperienceBufferError(f"The experience buffer at {path} {what}") from cause

@@ -1,0 +1,93 @@
+"""What an experience buffer holds: questions, their completions, and an index of each; constant time throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..records import Experience, Question
+from .indices import Bucket, VersionIndex
+
+
+@dataclass(slots=True)
+class StoredQuestion:
+    """A question with its bucket and its completions."""
+
+    question: Question
+    bucket: int
+    # By token ids, oldest first: the key finds duplicates.
+    completions: dict[bytes, Experience] = field(default_factory=dict)
+
+
+class Store:
+    """Questions by id, question ids by bucket, completions by policy version, and how many of each there are."""
+
+    def __init__(self) -> None:
+        self.questions: dict[str, StoredQuestion] = {}
+        self.buckets: dict[int, Bucket] = {}
+        self.versions = VersionIndex()
+        self.num_completions = 0
+        self.num_tokens = 0
+
+    def insert(self, question: Question, experiences: Iterable[Experience], bucket: int) -> tuple[int, int]:
+        """
+        Store what is new among the completions of a question and put the question, if stored, into the bucket.
+
+        Returns the numbers of completions that were new and that were not.
+        """
+        question_id = question.question_id
+        stored = self.questions.get(question_id)
+        num_new = num_duplicates = 0
+        for experience in experiences:
+            if stored is None:
+                stored = self.questions[question_id] = StoredQuestion(question, bucket)
+                self.buckets.setdefault(bucket, Bucket()).add(question_id)
+            if experience.token_bytes in stored.completions:
+                num_duplicates += 1
+                continue
+            # One object under two questions would be one entry of the index.
+            unique = replace(experience) if experience in self.versions else experience
+            stored.completions[unique.token_bytes] = unique
+            self.versions.add(unique, question_id)
+            self.num_completions += 1
+            self.num_tokens += unique.num_tokens
+            num_new += 1
+        if stored is not None and stored.bucket != bucket:
+            self._leave_bucket(question_id, stored.bucket)
+            self.buckets.setdefault(bucket, Bucket()).add(question_id)
+            stored.bucket = bucket
+        return num_new, num_duplicates
+
+    def find(self, question_id: str, experience: Experience) -> Experience | None:
+        """The stored completion of a question with the same tokens."""
+        stored = self.questions.get(question_id)
+        return stored.completions.get(experience.token_bytes) if stored else None
+
+    def remove(self, question_id: str, experience: Experience) -> None:
+        """Remove a stored completion, and its question with the last one."""
+        stored = self.questions[question_id]
+        self.versions.remove(experience)
+        del stored.completions[experience.token_bytes]
+        self.num_completions -= 1
+        self.num_tokens -= experience.num_tokens
+        if not stored.completions:
+            del self.questions[question_id]
+            self._leave_bucket(question_id, stored.bucket)
+
+    def restore(
+        self, questions: Iterable[tuple[Question, int, Sequence[Experience]]], by_age: Iterable[tuple[Experience, str]]
+    ) -> None:
+        """Fill an empty store so that every order is as it was: of bucket, question and policy version."""
+        for question, bucket, experiences in questions:
+            stored = self.questions[question.question_id] = StoredQuestion(question, bucket)
+            stored.completions.update((experience.token_bytes, experience) for experience in experiences)
+            self.buckets.setdefault(bucket, Bucket()).add(question.question_id)
+            self.num_completions += len(experiences)
+            self.num_tokens += sum(experience.num_tokens for experience in experiences)
+        for experience, question_id in by_age:
+            self.versions.add(experience, question_id)
+
+    def _leave_bucket(self, question_id: str, bucket: int) -> None:
+        self.buckets[bucket].remove(question_id)
+        if not self.buckets[bucket]:
+            del self.buckets[bucket]

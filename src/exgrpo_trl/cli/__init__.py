@@ -1,0 +1,38 @@
+"""The command `exgrpo-trl`, a module for each of its commands; never imports torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from ..records import ExperienceBufferError
+from . import show
+
+# Each has `HELP`, `add_arguments(parser)` and `run(arguments)`, which raises ExperienceBufferError.
+COMMANDS = {"show": show}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Entry point of the command `exgrpo-trl`.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Arguments, by default those of the process.
+
+    Returns:
+        `int`: exit code, 0 if all went well and 1 if a buffer could not be read.
+    """
+    parser = argparse.ArgumentParser(prog="exgrpo-trl", description="Look at what an ExGRPO run has stored.")
+    parsers = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        command.add_arguments(parsers.add_parser(name, help=command.HELP, description=command.__doc__))
+    arguments = parser.parse_args(argv)
+    try:
+        COMMANDS[arguments.command].run(arguments)
+    except ExperienceBufferError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        return 1
+    return 0

@@ -1,0 +1,103 @@
+"""What all strategies share. A plain function is enough for a rule that keeps no state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from ..batch import Batch
+
+Kind = TypeVar("Kind", bound="Strategy")
+_OPTIONAL = ("observe", "state_dict", "load_state_dict", "metrics", "requires_scores")
+
+
+class Strategy(ABC):
+    """
+    A rule that the trainer follows: which questions, which completions, what is stored, what leaves, which weight.
+
+    The act is the call; each kind of strategy says with what. The other methods do nothing unless a strategy keeps a
+    state. Strategies act and observe on the main process, weightings on all.
+    """
+
+    @abstractmethod
+    def __call__(self, *args: Any) -> Any:
+        """Act."""
+
+    def observe(self, batch: Batch) -> None:  # noqa: B027 - optional
+        """
+        Learn from a generation batch, once for each, after its successes have been collected.
+
+        Args:
+            batch ([`Batch`]):
+                The batch: `rewards` and `is_fresh` of shape `(num_groups, group_size)`, `replays`, `policy_version`,
+                and on the main process the `questions` and `experiences` that were collected.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold; must survive JSON."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional
+        """Restore what `state_dict` returned."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the next log line, which puts `replay/` before their names."""
+        return {}
+
+
+def as_strategy(kind: type[Kind], rule: Callable[..., Any]) -> Kind:
+    """
+    A strategy of that kind that follows a rule.
+
+    Args:
+        kind (`type`):
+            Kind of strategy, such as [`QuestionSampler`].
+        rule (`Callable`):
+            A strategy, which is returned as it is, or another callable with the arguments of the kind. What it has of
+            the other members of a strategy is used.
+
+    Raises:
+        TypeError: if the rule cannot be called.
+    """
+    if isinstance(rule, kind):
+        return rule
+    if not callable(rule) or isinstance(rule, type):
+        raise TypeError(
+            f"A {kind.__name__} must be callable with the arguments of {kind.__name__}.__call__, got {rule!r}. Pass a "
+            "function, or an object of a class that derives from it."
+        )
+    members = {name: getattr(rule, name) for name in _OPTIONAL if hasattr(rule, name)}
+    followed = type(f"{kind.__name__}FromFunction", (kind,), {"__call__": lambda self, *args: rule(*args)})()
+    vars(followed).update(members, rule=rule)
+    return followed
+
+
+def make_strategy(
+    kinds: Mapping[str, Callable[..., Kind]], field: str, name: str, parameters: Mapping[str, Any]
+) -> Kind:
+    """
+    The built-in strategy of a name.
+
+    Args:
+        kinds (`Mapping[str, Callable]`):
+            Built-in strategies by name.
+        field (`str`):
+            Field of the configuration that holds the name, for the messages.
+        name (`str`):
+            Name of the strategy.
+        parameters (`Mapping[str, Any]`):
+            Arguments of the strategy.
+
+    Raises:
+        ValueError: if the name is unknown, or the strategy does not take the parameters.
+    """
+    if not isinstance(name, str) or name not in kinds:
+        raise ValueError(f"{field}={name!r} is unknown. Choose one of {', '.join(map(repr, kinds))}.")
+    try:
+        return kinds[name](**parameters)
+    except TypeError as error:
+        raise ValueError(f"{field}={name!r} does not take {field}_kwargs={dict(parameters)}: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{field}={name!r} does not take {field}_kwargs={dict(parameters)}: {error}") from error
