@@ -46,13 +46,13 @@ class SameRollouts(ExGRPOTrainer):
         first_row = self.accelerator.process_index * len(prompt_ids)
         same = []
         for row, prompt in enumerate(prompt_ids):
-            if row in self._stored:
+            if row in self.replayer.batch.stored:
                 same.append(completion_ids[row])
                 continue
             slot = (first_row + row) % self.num_generations
             rng = np.random.default_rng([self.state.global_step, slot, *prompt])
             same.append([*rng.integers(3, 3 + len(CHARACTERS), rng.integers(1, 8)).tolist(), 1])
-        self.num_generated.append(len(prompt_ids) - len(self._stored))
+        self.num_generated.append(len(prompt_ids) - len(self.replayer.batch.stored))
         return same, *rest
 
     def _score(self, pairs: Any) -> Any:
@@ -102,11 +102,18 @@ def result_of(trainer: Any) -> dict[str, Any]:
         "num_generated": trainer.num_generated,
         "num_scored": trainer.num_scored,
         "parameters": whole_parameters(trainer),
-        "retired": list(buffer.retired),
+        "retired": list(buffer.retired) if is_main else None,
         "buffer": buffer_contents(buffer) if is_main else None,
-        "state": trainer._coordinator.state_dict(),
+        "state": trainer.replayer.state_dict(),
+        "is_started": trainer.replayer.batch.plan.is_started,
         "history": trainer.state.log_history,
+        "left_out": left_out(trainer),
     }
+
+
+def left_out(trainer: Any) -> list[int]:
+    """Dataset rows that a new epoch would leave out, as this process is told; all processes ask."""
+    return sorted(trainer.replayer.begin_epoch(10**6))
 
 
 def buffer_contents(buffer: Any) -> dict[str, Any]:

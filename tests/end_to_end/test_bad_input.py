@@ -9,9 +9,8 @@ from tiny import first_letter_reward, make_trainer, tiny_arguments, tiny_dataset
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
-from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer, Experience, ExperienceBuffer, Question
+from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer, Experience, ExperienceBuffer, Question, question_id_of
 from exgrpo_trl.compatibility import check_hooks, check_processing_class, check_vllm
-from exgrpo_trl.experience import question_id_of
 
 NAN, INF = float("nan"), float("inf")
 BAD_FIELDS = [
@@ -35,10 +34,10 @@ BAD_FIELDS = [
 @pytest.fixture
 def warnings_of(monkeypatch):
     """Collect warnings of the library, whose loggers belong to transformers."""
-    from exgrpo_trl import compatibility, replay
+    from exgrpo_trl import compatibility, metrics
 
     messages = []
-    for module in (compatibility, replay):
+    for module in (compatibility, metrics):
         monkeypatch.setattr(module.logger, "warning", lambda message, *args: messages.append(message))
     return messages
 

@@ -9,8 +9,7 @@ import transformers
 from packaging.version import Version
 from tiny import lora_config, make_trainer, parameters_of, tiny_dataset, tiny_tokenizer
 
-from exgrpo_trl import ExperienceBuffer
-from exgrpo_trl.experience import ExperienceBufferError
+from exgrpo_trl import ExperienceBuffer, ExperienceBufferError
 
 
 def contents(buffer):
@@ -74,7 +73,7 @@ def test_resume_is_exact(tmp_path, setting):
     for name in expected:
         assert torch.equal(expected[name], actual[name]), name
     assert contents(resumed.experience_buffer) == contents(whole.experience_buffer)
-    assert resumed._replayer.state_dict() == whole._replayer.state_dict()
+    assert resumed.replayer.state_dict() == whole.replayer.state_dict()
     ours = [line for line in resumed.state.log_history if line.get("step", 0) > options["save_steps"]]
     theirs = [line for line in whole.state.log_history if line.get("step", 0) > options["save_steps"]]
     compared = 0
@@ -217,10 +216,10 @@ def test_another_rule_of_retirement_is_an_error(tmp_path, checkpoint):
 
 
 def test_another_temperature_is_said(tmp_path, checkpoint, monkeypatch):
-    from exgrpo_trl import provenance
+    from exgrpo_trl import checkpoints
 
     messages = []
-    monkeypatch.setattr(provenance.logger, "warning", messages.append)
+    monkeypatch.setattr(checkpoints.logger, "warning", messages.append)
     resume(tmp_path, checkpoint, temperature=0.7)
     (message,) = messages
     assert "temperature=1.0" in message

@@ -11,7 +11,7 @@ import torch
 import transformers
 from packaging.version import Version
 from ranks import MODES, Ranks, assert_engaged, run_ranks, skip_unless_trainable, whole_parameters
-from same_rollouts import buffer_contents, results, same_rollouts_trainer, train_and_save
+from same_rollouts import buffer_contents, left_out, results, same_rollouts_trainer, train_and_save
 from tiny import lora_config, make_trainer
 
 from exgrpo_trl import ExperienceBuffer
@@ -31,10 +31,11 @@ def train(mode, mode_options, folder, output_dir, options):
     result = {
         "step": trainer.state.global_step,
         "parameters": whole_parameters(trainer),
-        "retired": list(buffer.retired),
+        "retired": list(buffer.retired) if is_main else None,
         "buffer": buffer_contents(buffer) if is_main else None,
-        "state": trainer._coordinator.state_dict(),
+        "state": trainer.replayer.state_dict(),
         "history": trainer.state.log_history,
+        "left_out": left_out(trainer),
     }
     torch.save(result, Path(folder) / f"result{trainer.accelerator.process_index}.pt")
 
@@ -45,6 +46,7 @@ def assert_equal(actual, expected):
         for name, parameter in other["parameters"].items():
             assert torch.equal(mine["parameters"][name], parameter), name
         assert mine["retired"] == other["retired"]
+        assert mine["left_out"] == other["left_out"]
         assert mine["buffer"] == other["buffer"]
     assert actual[0]["state"] == expected[0]["state"]
 
@@ -95,7 +97,7 @@ def test_resume_with_another_number_of_processes(tmp_path, mode, before, after):
         return trainer.rows, {
             "buffer": buffer_contents(trainer.experience_buffer),
             "retired": list(trainer.experience_buffer.retired),
-            "state": trainer._coordinator.state_dict(),
+            "state": trainer.replayer.state_dict(),
             "parameters": whole_parameters(trainer),
         }
 
@@ -111,7 +113,7 @@ def test_resume_with_another_number_of_processes(tmp_path, mode, before, after):
     for part in ("questions", "completions", "rng"):
         assert end["buffer"][part] == buffer_contents(whole.experience_buffer)[part]
     assert end["retired"] == list(whole.experience_buffer.retired) != []
-    assert end["state"] == whole._coordinator.state_dict()
+    assert end["state"] == whole.replayer.state_dict()
     for name, expected in whole_parameters(whole).items():
         torch.testing.assert_close(end["parameters"][name], expected, atol=2e-5, rtol=1e-4)
 

@@ -14,7 +14,7 @@ def run(tmp_path, num_correct_per_step, **options):
         num_calls += 1
         rewards = []
         for group in range(0, len(completions), 4):
-            fresh_first = sorted(range(group, group + 4), key=lambda row: row in trainer._stored)
+            fresh_first = sorted(range(group, group + 4), key=lambda row: row in trainer.replayer.batch.stored)
             rewards += [float(row in fresh_first[:num_correct]) for row in range(group, group + 4)]
         return rewards
 

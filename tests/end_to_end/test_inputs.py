@@ -19,8 +19,8 @@ from tiny import (
 )
 from transformers import TrainerCallback
 
-from exgrpo_trl import Candidate, ExGRPOConfig, ExGRPOTrainer
-from exgrpo_trl.questions import dataset_question_ids
+from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer
+from exgrpo_trl.examples import dataset_question_ids
 
 
 def lines_of(trainer):
@@ -116,7 +116,7 @@ def test_evaluation_neither_reads_nor_writes_the_buffer(tmp_path):
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            trainer._coordinator.collect()  # as the next batch would
+            trainer.replayer.collect()  # as the next batch would
             sizes.append(trainer.experience_buffer.metrics())
 
         def on_evaluate(self, args, state, control, **kwargs):
@@ -281,10 +281,10 @@ def test_continuous_rewards(tmp_path):
 
 
 def test_continuous_rewards_need_no_success(tmp_path, monkeypatch):
-    from exgrpo_trl import replay
+    from exgrpo_trl import metrics
 
     messages = []
-    monkeypatch.setattr(replay.logger, "warning", lambda message, *args: messages.append(message))
+    monkeypatch.setattr(metrics.logger, "warning", lambda message, *args: messages.append(message))
 
     def letter_rank(completions, **kwargs):
         return [None if not c else (ord(c[0]) % 32) / 40 for c in completions]
@@ -372,10 +372,11 @@ def test_dropout_does_not_blur_the_scores(tmp_path):
     trainer.train()
     trainer.model.train()
     buffer = trainer.experience_buffer
-    candidates = {
-        q: [Candidate(e) for e in buffer.completions(q)] for questions in buffer.buckets().values() for q in questions
-    }
-    assert trainer._coordinator._score(candidates) == trainer._coordinator._score(candidates) != {}
+    prompted = [
+        (trainer.processing_class(question.example["prompt"])["input_ids"], experience.token_ids)
+        for question, _, experience in buffer.items()
+    ]
+    assert trainer.replayer.score(prompted) == trainer.replayer.score(prompted) != []
     assert trainer.model.training
 
 

@@ -23,14 +23,15 @@ def assert_agree(single, ranks, start):
     assert rows == single["rows"]
     assert sum(is_replayed for _, _, is_replayed in rows.values()) > 10
     main = ranks[0]["buffer"]
+    assert ranks[0]["retired"] == single["retired"]
     for part in ("questions", "completions", "rng"):
         assert main[part] == single["buffer"][part], part
     for mine, other in zip(main["logps"], single["buffer"]["logps"], strict=True):
         assert mine == pytest.approx(other, abs=1e-4)
     moved = 0.0
     for rank in ranks:
-        assert rank["retired"] == single["retired"]
-        assert rank["state"]["replayer"]["is_started"] == single["state"]["replayer"]["is_started"]
+        assert rank["left_out"] == single["left_out"]
+        assert rank["is_started"] == single["is_started"]
         assert rank["parameters"].keys() == single["parameters"].keys()
         for name, expected in single["parameters"].items():
             torch.testing.assert_close(rank["parameters"][name], expected, atol=2e-5, rtol=1e-4)
@@ -124,6 +125,7 @@ def test_however_the_rows_lie(tmp_path, shape):
     assert_even(ranks, num_rows // world)
     if shape == "retirement":
         assert single["retired"]
+        assert single["left_out"]
     if shape == "delayed_start":
         active = [line["replay/active"] for line in single["history"] if "loss" in line]
         assert active[0] == 0

@@ -8,7 +8,6 @@ import pytest
 from tiny import make_trainer
 
 from exgrpo_trl import ExGRPOTrainer
-from exgrpo_trl.monitoring import ReplayMetrics, importance_ratio_metrics
 
 ALWAYS = {
     "replay/active", "replay/fraction", "replay/questions", "replay/completions", "replay/tokens", "replay/retired",
@@ -83,34 +82,8 @@ def test_completions_table_marks_replayed_rows(tmp_path):
     assert marked > 0
 
 
-def test_importance_ratio_metrics():
-    log_ratios = np.log([1.0, 2.0, 4.0])
-    metrics = importance_ratio_metrics(log_ratios)
-    assert metrics["replay/importance_ratio_mean"] == pytest.approx(7 / 3)
-    assert metrics["replay/importance_ratio_max"] == pytest.approx(4)
-    assert metrics["replay/importance_ratio_q50"] == pytest.approx(2)
-    assert metrics["replay/effective_sample_size"] == pytest.approx(49 / (3 * 21))
-    assert importance_ratio_metrics(np.array([])) == {}
-    huge = importance_ratio_metrics(np.array([-2000.0, 2000.0]))
-    assert all(math.isfinite(value) for value in huge.values())
-    assert huge["replay/effective_sample_size"] == pytest.approx(0.5)
-
-
-def test_a_line_without_news_repeats_the_last_values():
-    metrics = ReplayMetrics()
-    metrics.add(fresh__reward=1.0)
-    metrics.add(fresh__reward=3.0, replay__reward=float("nan"))
-    assert metrics.flush() == {"fresh/reward": 2.0}
-    assert metrics.flush() == {"fresh/reward": 2.0}
-    metrics.add(fresh__reward=5.0, replay__staleness_max=2)
-    metrics.add(replay__staleness_max=4)
-    assert metrics.flush() == {"fresh/reward": 5.0, "replay/staleness_max": 4}
-    metrics.add(fresh__reward=5.0)
-    assert metrics.flush() == {"fresh/reward": 5.0, "replay/staleness_max": 4}
-
-
 def test_tokens_saved_is_a_total_also_over_long_log_intervals(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=6, logging_steps=3, retire_solved=False)
     trainer.train()
     last = [line for line in trainer.state.log_history if "loss" in line][-1]
-    assert last["replay/tokens_saved"] == trainer._replayer.tokens_saved > 0
+    assert last["replay/tokens_saved"] == trainer.replayer.metrics.tokens_saved > 0

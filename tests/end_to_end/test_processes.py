@@ -1,16 +1,32 @@
 """How processes talk: what arrives, what it costs, and what a process without the buffer may do."""
 
 import json
+from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from same_rollouts import same_rollouts_trainer
+from same_rollouts import left_out, same_rollouts_trainer
 
-from exgrpo_trl import ExperienceBuffer
+from exgrpo_trl import Experience, ExperienceBuffer, Question
+from exgrpo_trl.buffer import RemoteBuffer
 from exgrpo_trl.processes import Processes
-from exgrpo_trl.protocols import RemoteBuffer
+
+
+def stored_things():
+    """What processes tell each other: a question with columns of many types, a completion, scores."""
+    rng = np.random.default_rng(0)
+    example = {"prompt": [{"role": "user", "content": "é\n"}], "answer": 3, "day": date(2026, 1, 2), "x": float("inf")}
+    experience = Experience.create(
+        rng.integers(0, 2**31, 1000), -rng.exponential(size=1000), policy_version=10**12, reward=0.1
+    )
+    return Question("seven", example), experience, [(0.1, 1e-9), (float("nan"), 3.0)]
+
+
+def fields(stored):
+    return stored.token_bytes, stored.logp_bytes, stored.policy_version, stored.reward, repr(stored.entropy)
 
 
 def outcome(processes, error):
@@ -32,11 +48,34 @@ def talk(mode, mode_options, folder):
     payload = bytes([rank]) * (10 * rank)
     gathered = processes.gather(payload)
     assert gathered == ([b"", b"\1" * 10, b"\2" * 20] if rank == 0 else [])
-    assert processes.gather(b"") == ([b"", b"", b""] if rank == 0 else [])
-    mine = processes.scatter([b"", b"one", bytes(range(256)) * 1000] if rank == 0 else None)
-    assert mine == [b"", b"one", bytes(range(256)) * 1000][rank]
-    assert processes.scatter([b""] * 3 if rank == 0 else None) == b""
-    assert processes.broadcast(b"to all" if rank == 0 else None) == b"to all"
+    assert processes.gather(None) == ([None] * 3 if rank == 0 else [])
+    called = []
+
+    def choose():
+        called.append(rank)
+        return stored_things()
+
+    question, experience, scores = processes.decide("choosing", choose)
+    assert called == ([0] if rank == 0 else []), "the main process alone decides"
+    expected = stored_things()
+    assert question == expected[0]
+    assert fields(experience) == fields(expected[1])
+    assert repr(scores) == repr(expected[2])
+    assert processes.decide("choosing nothing", lambda: None) is None
+    shares = processes.gather({rank: stored_things()[1]})
+    for other, share in enumerate(shares):
+        assert fields(share[other]) == fields(expected[1])
+    mine, theirs = (
+        KeyError("é"),
+        RuntimeError("Process 0 failed while choosing, so all processes stop. Its error: KeyError: 'é'"),
+    )
+
+    def fail():
+        raise mine
+
+    with pytest.raises(type(mine if rank == 0 else theirs)) as raised:
+        processes.decide("choosing", fail)
+    assert repr(raised.value) == repr(mine if rank == 0 else theirs)
     with processes.together("doing nothing"):
         pass
     theirs = RuntimeError(
@@ -60,19 +99,24 @@ def test_what_is_sent_arrives(tmp_path):
 
 def measure_traffic(mode, mode_options, folder, output_dir, options):
     trainer = same_rollouts_trainer(output_dir, mode, **mode_options | options)
-    sent = []
-    collect = trainer._coordinator.collect
+    # What the processes gather goes through torch's `gather`: count its bytes while a batch is collected.
+    sent, num_bytes = [], [0]
+    collect, send = trainer.replayer.collect, torch.distributed.distributed_c10d.gather
+
+    def counted(tensor, *args, **kwargs):
+        num_bytes[0] += tensor.numel() * tensor.element_size()
+        return send(tensor, *args, **kwargs)
 
     def measured():
-        before = dict(trainer._processes.bytes_sent)
-        pending = trainer._coordinator._pending
-        tokens = 0 if pending is None else sum(e.num_tokens for e in pending.experiences.values())
-        count = 0 if pending is None else len(pending.experiences)
+        batch = trainer.replayer.batch
+        is_pending = batch is not None and not batch.is_collected
+        recorded = list(batch.experiences.values()) if is_pending else []
+        before = num_bytes[0]
         collect()
-        after = trainer._processes.bytes_sent
-        sent.append((tokens, count, after["gathering"] - before["gathering"]))
+        sent.append((sum(e.num_tokens for e in recorded), len(recorded), num_bytes[0] - before))
 
-    trainer._coordinator.collect = measured
+    torch.distributed.distributed_c10d.gather = counted
+    trainer.replayer.collect = measured
     trainer.train()
     (Path(folder) / f"sent{trainer.accelerator.process_index}.json").write_text(json.dumps(sent))
 
@@ -86,6 +130,7 @@ def test_traffic_is_proportional_to_what_was_collected(tmp_path, threshold):
     if threshold > 1:
         assert (tokens, counts, traffic) == (0, 0, 0), "nothing was collected, so nothing is sent"
     else:
+        assert traffic > 8 * tokens, "nothing is counted"
         assert tokens > 100
         num_questions = 4 * 12
         # Tokens and log-probabilities, a row of the dataset, and the frame of a message per batch. Padding to the
@@ -113,10 +158,10 @@ def check_remote_buffer(mode, mode_options, output_dir):
         with pytest.raises(AttributeError, match=r"lives on the main process.*'num_completions'.*is_main_process"):
             _ = buffer.num_completions
     buffer.save(Path(output_dir) / "saved")  # on all processes, as a script would
-    retired = [None, None]
-    torch.distributed.all_gather_object(retired, list(buffer.retired))
-    assert retired[0] == retired[1]
-    assert retired[0]
+    told = [None, None]
+    torch.distributed.all_gather_object(told, left_out(trainer))
+    assert told[0] == told[1]
+    assert told[0]
     torch.distributed.barrier()
     if trainer.accelerator.is_main_process:
         saved = ExperienceBuffer.load(Path(output_dir) / "saved")

@@ -1,6 +1,7 @@
 """The right rows are replayed: which question, which completion, at what cost, with whose log-probabilities."""
 
 import copy
+import dataclasses
 import functools
 
 import numpy as np
@@ -9,8 +10,38 @@ import torch
 from tiny import completion_logps, make_trainer
 from trl import GRPOTrainer
 
-from exgrpo_trl import ExGRPOTrainer
-from exgrpo_trl.experience import question_id_of
+from exgrpo_trl import Candidate, CompletionSelector, ExGRPOTrainer, QuestionSampler, question_id_of
+
+
+class RecordingSampler(QuestionSampler):
+    """Draws as another sampler does, and keeps what was drawn."""
+
+    def __init__(self, sampler):
+        self.sampler, self.drawn = sampler, []
+
+    def __call__(self, pool, num_questions, rng):
+        self.drawn = self.sampler(pool, num_questions, rng)
+        return self.drawn
+
+
+class RecordingSelector(CompletionSelector):
+    """Chooses as another selector does, and keeps the candidates."""
+
+    def __init__(self, selector):
+        self.selector, self.requires_scores, self.chosen_from = selector, selector.requires_scores, []
+
+    def __call__(self, candidates, rng):
+        self.chosen_from.append(candidates)
+        return self.selector(candidates, rng)
+
+    def choices_of(self, stored):
+        """The candidates that these stored completions were, when they were offered; all of them, in their order."""
+        for candidates in self.chosen_from:
+            if candidates[0].experience is stored[0]:
+                assert [candidate.experience for candidate in candidates] == list(stored)
+                return candidates
+        (only,) = stored
+        return [Candidate(only)]
 
 
 class Recorder(ExGRPOTrainer):
@@ -20,6 +51,12 @@ class Recorder(ExGRPOTrainer):
         self.pristine = copy.deepcopy(model)
         super().__init__(model, *args, **kwargs)
         self.batches = []
+        strategies = self.replayer.strategies
+        self.sampler = RecordingSampler(strategies.question_sampler)
+        self.selector = RecordingSelector(strategies.completion_selector)
+        self.replayer.strategies = dataclasses.replace(
+            strategies, question_sampler=self.sampler, completion_selector=self.selector
+        )
         generate = self.model.generate
 
         def counted(*args, **kwargs):
@@ -39,17 +76,14 @@ class Recorder(ExGRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         self.generated_rows, self.generated_prompts = 0, []
         policy, step = self.policy(), self.state.global_step
-        candidates = {}
-        original = self._replayer._select
-
-        def select(question_id, choices, row):
-            candidates[question_id] = choices
-            return original(question_id, choices, row)
-
-        self._replayer._select = select
         rows = [dict(row) for row in inputs]
+        self.sampler.drawn, self.selector.chosen_from = [], []
         output = super()._generate_and_score_completions(inputs)
-        self._replayer._select = original
+        # A selector is asked where there is a choice; the other questions have one completion.
+        candidates = {
+            question_id: self.selector.choices_of(self.experience_buffer.completions(question_id))
+            for question_id in self.sampler.drawn
+        }
         self.batches.append(
             {
                 "policy": policy,

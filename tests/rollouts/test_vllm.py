@@ -1,4 +1,4 @@
-"""Whoever generates is asked for fresh rows only, and every answer comes back to its row."""
+"""vLLM is asked for fresh rows only, and every answer comes back to its row."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exgrpo_trl.experience import Experience
-from exgrpo_trl.generation import fresh_rows_only, generate_fresh, is_unscored, put_stored, sampling_metrics
+from exgrpo_trl.rollouts.vllm import fresh_rows_only, sampling_metrics
 
 
 def layouts():
@@ -118,40 +117,6 @@ def test_too_few_completions_are_noticed():
     vllm = SimpleNamespace(mode="server", vllm_client=client)
     with pytest.raises(RuntimeError, match="asked for 3 completions and returned 1"), fresh_rows_only(vllm, {1}, 0):
         vllm.vllm_client.generate(prompts=[[1], [2]], n=2)
-
-
-@pytest.mark.parametrize("stored_rows", [set(), {0}, {1, 2}, {0, 1, 2, 3}])
-def test_transformers(stored_rows):
-    asked = []
-
-    def generate(prompt_ids, fields):
-        asked.extend(prompt_ids)
-        assert fields == {"token_type_ids": [[ids[0] * 10] for ids in prompt_ids]}
-        return [[ids[0], 7] for ids in prompt_ids], None, "more"
-
-    prompts = [[1], [2], [3], [4]]
-    completion_ids, logps, more = generate_fresh(
-        generate, prompts, {"token_type_ids": [[10], [20], [30], [40]]}, stored_rows
-    )
-    # A process with no fresh row generates one, because others may wait for it.
-    assert asked == ([ids for row, ids in enumerate(prompts) if row not in stored_rows] or [[1]])
-    assert completion_ids == [[] if row in stored_rows else [row + 1, 7] for row in range(4)]
-    assert (logps, more) == (None, "more")
-
-
-def test_stored_completions_come_with_their_log_probabilities():
-    stored = {1: Experience.create([5, 6], np.array([-0.5, -0.25]), policy_version=0, reward=1.0, entropy=0.1)}
-    ids, logps = put_stored([[1], [], [2]], [[-1.0], [], [-2.0]], stored)
-    assert ids == [[1], [5, 6], [2]]
-    assert logps == [[-1.0], [-0.5, -0.25], [-2.0]]
-    assert put_stored([[1], []], None, stored) == ([[1], [5, 6]], None)
-
-
-def test_missing_log_probabilities():
-    assert not is_unscored([])
-    assert not is_unscored([-1.0, 0.0])
-    assert is_unscored([-1.0, None])
-    assert is_unscored([float("nan"), -1.0])
 
 
 @pytest.mark.parametrize("by_sequence", [True, False])

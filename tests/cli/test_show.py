@@ -7,7 +7,7 @@ import pytest
 
 from exgrpo_trl.buffer import ExperienceBuffer
 from exgrpo_trl.cli import main
-from exgrpo_trl.experience import Experience, Question
+from exgrpo_trl.records import Experience, Question
 
 
 @pytest.fixture

@@ -5,14 +5,20 @@ import math
 import pytest
 import torch
 
-from exgrpo_trl.losses import (
+from exgrpo_trl.strategies.base import make_strategy
+from exgrpo_trl.strategies.weighting import (
     REPLAY_WEIGHTINGS,
     importance_log_ratio,
-    importance_weight,
     mixed_advantages,
     policy_shaping,
     with_gradient,
 )
+
+
+def importance_weight(log_ratio, advantages, weighting, **parameters):
+    """Weight of a built-in weighting."""
+    return make_strategy(REPLAY_WEIGHTINGS, "replay_weighting", weighting, parameters)(log_ratio, advantages)
+
 
 # w, f(w) = w / (w + 0.1), f'(w) w = 0.1 w / (w + 0.1)^2, computed by hand.
 GOLDEN = [
@@ -118,7 +124,7 @@ def test_fresh_rows_keep_their_advantage():
     log_ratio = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     advantages = torch.tensor([1.0, -2.0, 3.0])
     is_replayed = torch.tensor([False, True, False])
-    mixed = mixed_advantages(advantages, log_ratio, is_replayed, loss_type="grpo")
+    mixed = mixed_advantages(advantages, log_ratio, is_replayed, REPLAY_WEIGHTINGS["shaped"](), loss_type="grpo")
     assert (mixed[0] == 1).all()
     assert (mixed[2] == 3).all()
     torch.testing.assert_close(mixed[1], -2 * policy_shaping(log_ratio[1], 0.1))

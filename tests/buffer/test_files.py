@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from exgrpo_trl import storage, tables
-from exgrpo_trl.buffer import ExperienceBuffer
-from exgrpo_trl.experience import Experience, ExperienceBufferError, Question
+from exgrpo_trl.buffer import ExperienceBuffer, files, tables
+from exgrpo_trl.records import Experience, ExperienceBufferError, Question
 
 K = 8
 FILES = ["completions.parquet", "metadata.json", "questions.parquet", "retired.parquet"]
@@ -68,7 +67,7 @@ def state(buffer):
             for ids in buffer.buckets().values()
             for name in ids
         },
-        "by age": [(experience.token_bytes, name) for experience, name in buffer._versions],
+        "by age": [(experience.token_bytes, name) for experience, name in buffer._store.versions],
         "retired": list(buffer.retired),
         "counters": (buffer.num_completions, buffer.num_tokens, buffer.num_evicted, buffer.num_duplicates),
         "settings": (
@@ -102,7 +101,7 @@ def hidden(directory):
 @pytest.mark.parametrize("small_batches", [False, True])
 def test_round_trip_is_exact_and_goes_on_alike(tmp_path, monkeypatch, limits, small_batches):
     if small_batches:
-        for module in (storage, tables):
+        for module in (files, tables):
             monkeypatch.setattr(module, "ROWS_PER_BATCH", 7)
         monkeypatch.setattr(tables, "TOKENS_PER_BATCH", 20)
     buffer = filled(seed=1, num_operations=400, **limits)
@@ -244,7 +243,7 @@ def rewrite(path, **changes):
     metadata |= changes
     metadata = {key: value for key, value in metadata.items() if value is not ...}
     text = json.dumps(metadata | {"checksum": ""}, indent=2)
-    text = text.replace('"checksum": ""', f'"checksum": "{storage._sha256(text)}"', 1)
+    text = text.replace('"checksum": ""', f'"checksum": "{metadata._sha256(text)}"', 1)
     (path / "metadata.json").write_text(text)
 
 
@@ -408,8 +407,8 @@ def test_second_interruption_keeps_the_only_buffer_of_the_first(tmp_path):
 
 def test_everything_is_synced_before_it_counts(tmp_path, monkeypatch):
     events = []
-    sync, rename = storage._sync, os.rename
-    monkeypatch.setattr(storage, "_sync", lambda path: (events.append(path.name), sync(path)))
+    sync, rename = files._sync, os.rename
+    monkeypatch.setattr(files, "_sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(os, "rename", lambda source, target: (events.append("rename"), rename(source, target)))
     filled().save(tmp_path / "buffer")
     assert sorted(events[:5]) == sorted([*FILES, ".buffer.saving"])
@@ -419,7 +418,7 @@ def test_everything_is_synced_before_it_counts(tmp_path, monkeypatch):
 SAVE_FOREVER = """
 import sys
 from exgrpo_trl.buffer import ExperienceBuffer
-from exgrpo_trl.experience import Experience, Question
+from exgrpo_trl.records import Experience, Question
 
 buffers = []
 for number in range(1, 4):

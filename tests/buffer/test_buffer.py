@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from exgrpo_trl.buffer import ExperienceBuffer
-from exgrpo_trl.experience import Experience, Question
+from exgrpo_trl.records import Experience, Question
 
 K = 4
 
@@ -435,20 +435,20 @@ def test_limits_can_be_replaced():
 
 
 BREAKS = {
-    "count of completions": lambda buffer: setattr(buffer, "_num_completions", 9),
-    "count of tokens": lambda buffer: setattr(buffer, "_num_tokens", 9),
+    "count of completions": lambda buffer: setattr(buffer._store, "num_completions", 9),
+    "count of tokens": lambda buffer: setattr(buffer._store, "num_tokens", 9),
     "retired": lambda buffer: buffer._retired.update(a=None),
-    "bucket position": lambda buffer: buffer._buckets[1]._positions.update(a=1),
-    "bucket member": lambda buffer: buffer._buckets[1].add("z"),
-    "lost bucket": lambda buffer: buffer._buckets.pop(1),
-    "wrong bucket": lambda buffer: setattr(buffer._questions["a"], "bucket", 2),
+    "bucket position": lambda buffer: buffer._store.buckets[1]._positions.update(a=1),
+    "bucket member": lambda buffer: buffer._store.buckets[1].add("z"),
+    "lost bucket": lambda buffer: buffer._store.buckets.pop(1),
+    "wrong bucket": lambda buffer: setattr(buffer._store.questions["a"], "bucket", 2),
     "bucket out of range": lambda buffer: setattr(buffer, "_group_size", None),
-    "no completions": lambda buffer: buffer._questions["a"].completions.clear(),
-    "key": lambda buffer: buffer._questions["a"].completions.update(x=make(3)),
-    "id": lambda buffer: setattr(buffer._questions["a"], "question", ask("b")),
-    "version": lambda buffer: buffer._versions.remove(buffer.completions("a")[0]),
-    "foreign version": lambda buffer: buffer._versions.add(make(1), "a"),
-    "heap": lambda buffer: buffer._versions._heap.append(77),
+    "no completions": lambda buffer: buffer._store.questions["a"].completions.clear(),
+    "key": lambda buffer: buffer._store.questions["a"].completions.update(x=make(3)),
+    "id": lambda buffer: setattr(buffer._store.questions["a"], "question", ask("b")),
+    "version": lambda buffer: buffer._store.versions.remove(buffer.completions("a")[0]),
+    "foreign version": lambda buffer: buffer._store.versions.add(make(1), "a"),
+    "heap": lambda buffer: buffer._store.versions._heap.append(77),
     "capacity": lambda buffer: setattr(buffer, "_capacity", 1),
     "limit per question": lambda buffer: setattr(buffer, "_max_per_question", 1),
 }
@@ -489,11 +489,13 @@ def big_buffer(num_questions):
             buffer, f"q{number}", make(number % 1000, version=number * 16 // num_questions), correct=1 + number % 3
         )
     # From here on, to walk anything that grows with the buffer is an error.
-    buffer._questions = NoWalkDict(buffer._questions)
+    buffer._store.questions = NoWalkDict(buffer._store.questions)
     buffer._retired = NoWalkDict(buffer._retired)
-    for bucket in buffer._buckets.values():
+    for bucket in buffer._store.buckets.values():
         bucket._ids, bucket._positions = NoWalkList(bucket._ids), NoWalkDict(bucket._positions)
-    buffer._versions._owners = {version: NoWalkDict(owners) for version, owners in buffer._versions._owners.items()}
+    buffer._store.versions._owners = {
+        version: NoWalkDict(owners) for version, owners in buffer._store.versions._owners.items()
+    }
     return buffer
 
 

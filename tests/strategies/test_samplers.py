@@ -5,18 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from exgrpo_trl.experience import Candidate, Experience
-from exgrpo_trl.sampling import (
-    COMPLETION_SELECTORS,
-    QUESTION_SAMPLERS,
-    gaussian_sampler,
-    get_completion_selector,
-    make_question_sampler,
-    random_sampler,
-    requires_scores,
-    uniform_sampler,
-    without_scores,
-)
+from exgrpo_trl.strategies.base import make_strategy
+from exgrpo_trl.strategies.samplers import QUESTION_SAMPLERS, GaussianSampler, RandomSampler, UniformSampler
 
 
 class Pool:
@@ -87,14 +77,14 @@ def gaussian_weights(buckets, group_size, mean, std):
 
 SIZES = {2: 1, 3: 2, 4: 2, 7: 6}
 CASES = {
-    "gaussian": (gaussian_sampler(), exact_multinomial(SIZES.values(), gaussian_weights(SIZES, 8, 0.5, 1), 4), 50_000),
+    "gaussian": (GaussianSampler(), exact_multinomial(SIZES.values(), gaussian_weights(SIZES, 8, 0.5, 1), 4), 50_000),
     "wide": (
-        gaussian_sampler(0.8, 2.0),
+        GaussianSampler(0.8, 2.0),
         exact_multinomial(SIZES.values(), gaussian_weights(SIZES, 8, 0.8, 2), 4),
         10_000,
     ),
-    "uniform": (uniform_sampler, exact_multinomial(SIZES.values(), [1, 1, 1, 1], 4), 10_000),
-    "random": (random_sampler, exact_hypergeometric(list(SIZES.values()), 4), 10_000),
+    "uniform": (UniformSampler(), exact_multinomial(SIZES.values(), [1, 1, 1, 1], 4), 10_000),
+    "random": (RandomSampler(), exact_hypergeometric(list(SIZES.values()), 4), 10_000),
 }
 
 
@@ -121,13 +111,13 @@ def test_frequencies_match_the_exact_distribution(name):
 
 def test_weight_belongs_to_the_bucket_not_to_the_question():
     pool, rng = Pool({3: 2000, 5: 20}), np.random.default_rng(0)
-    counts = np.array([bucket_counts(pool, gaussian_sampler()(pool, 10, rng)) for _ in range(1000)])
+    counts = np.array([bucket_counts(pool, GaussianSampler()(pool, 10, rng)) for _ in range(1000)])
     assert abs(counts[:, 1].mean() - 5) < 0.25
-    counts = np.array([bucket_counts(pool, random_sampler(pool, 10, rng)) for _ in range(1000)])
+    counts = np.array([bucket_counts(pool, RandomSampler()(pool, 10, rng)) for _ in range(1000)])
     assert abs(counts[:, 1].mean() - 10 * 20 / 2020) < 0.05
 
 
-@pytest.mark.parametrize("sampler", [*QUESTION_SAMPLERS.values(), gaussian_sampler(0.5, 1e-9)])
+@pytest.mark.parametrize("sampler", [*(kind() for kind in QUESTION_SAMPLERS.values()), GaussianSampler(0.5, 1e-9)])
 @pytest.mark.parametrize("n", [0, 1, 11, 12, 1000])
 def test_all_questions_come_when_as_many_are_asked_for(sampler, n):
     pool = Pool(SIZES)
@@ -141,15 +131,15 @@ def test_tiny_std_takes_the_nearest_buckets_with_room(std):
     pool = Pool({1: 5, 4: 2, 6: 3, 7: 50})
     with np.errstate(all="raise", under="ignore"):
         for seed in range(20):
-            drawn = gaussian_sampler(0.5, std)(pool, 7, np.random.default_rng(seed))
+            drawn = GaussianSampler(0.5, std)(pool, 7, np.random.default_rng(seed))
             assert bucket_counts(pool, drawn)[1:3] == (2, 3)
-            drawn = gaussian_sampler(0.0, std)(pool, 3, np.random.default_rng(seed))
+            drawn = GaussianSampler(0.0, std)(pool, 3, np.random.default_rng(seed))
             assert bucket_counts(pool, drawn) == (3, 0, 0, 0)
 
 
 def test_same_generator_state_gives_same_draws():
     pool = Pool(dict.fromkeys(range(1, 8), 100))
-    for sampler in QUESTION_SAMPLERS.values():
+    for sampler in (kind() for kind in QUESTION_SAMPLERS.values()):
         draws = [sampler(pool, 20, np.random.default_rng(3)) for _ in range(2)]
         assert draws[0] == draws[1] != sampler(pool, 20, np.random.default_rng(4))
 
@@ -160,74 +150,21 @@ def test_same_generator_state_gives_same_draws():
 )
 def test_gaussian_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
-        gaussian_sampler(*arguments)
+        GaussianSampler(*arguments)
 
 
 def test_gaussian_needs_the_group_size():
     with pytest.raises(ValueError, match="group_size"):
-        gaussian_sampler()(Pool({1: 1}, group_size=None), 1, np.random.default_rng(0))
+        GaussianSampler()(Pool({1: 1}, group_size=None), 1, np.random.default_rng(0))
 
 
-def test_make_question_sampler():
+def test_by_name():
     pool = Pool({1: 50, 4: 50, 7: 50})
-    make = make_question_sampler("gaussian", bucket_mean=0.125, bucket_std=0.01)
-    assert bucket_counts(pool, make(pool, 10, np.random.default_rng(0))) == (10, 0, 0)
-    assert make_question_sampler("uniform", bucket_mean=0.5, bucket_std=1.0) is uniform_sampler
-    assert make_question_sampler("random") is random_sampler
-    with pytest.raises(ValueError, match=r"'best'.*gaussian, uniform, random"):
-        make_question_sampler("best")
-
-
-def candidates(*rows):
-    """Candidates of (policy version, entropy, negative log-likelihood)."""
-    return [
-        Candidate(Experience.create([1], [-1.0], policy_version=version, reward=1.0), entropy, likelihood)
-        for version, entropy, likelihood in rows
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "index"),
-    [("lowest_entropy", 2), ("highest_entropy", 0), ("lowest_negative_log_likelihood", 1), ("most_recent", 3)],
-)
-def test_selectors(name, index):
-    # Every extreme is there twice: the first wins, except that most_recent takes the later one.
-    rows = [(5, 0.9, 0.5), (7, 0.4, 0.1), (1, 0.1, 0.9), (7, 0.1, 0.1), (0, 0.9, 0.9)]
-    selector = get_completion_selector(name)
-    assert selector(candidates(*rows), np.random.default_rng(0)) == index
-    assert selector(candidates(rows[0]), np.random.default_rng(0)) == 0
-    with pytest.raises(ValueError, match="empty"):
-        selector([], np.random.default_rng(0))
-
-
-def test_nan_scores_never_win():
-    rows = [(0, math.nan, math.nan), (0, 0.5, 0.5), (0, math.nan, math.nan), (0, 0.6, 0.6)]
-    expected = {"lowest_entropy": 1, "highest_entropy": 3, "lowest_negative_log_likelihood": 1}
-    for name, index in expected.items():
-        assert COMPLETION_SELECTORS[name](candidates(*rows), np.random.default_rng(0)) == index
-
-
-def test_random_selector_is_uniform():
-    rng, rows = np.random.default_rng(0), candidates(*[(0, None, None)] * 4)
-    counts = Counter(COMPLETION_SELECTORS["random"](rows, rng) for _ in range(10_000))
-    assert_frequencies(counts, dict.fromkeys(range(4), 0.25), 10_000)
-    with pytest.raises(ValueError, match="empty"):
-        COMPLETION_SELECTORS["random"]([], rng)
-
-
-def test_only_selectors_that_look_at_scores_require_them():
-    unscored = {name for name, selector in COMPLETION_SELECTORS.items() if not requires_scores(selector)}
-    assert unscored == {"random", "most_recent"}
-    for name, selector in COMPLETION_SELECTORS.items():
-        if name in unscored:
-            assert selector(candidates((0, None, None)), np.random.default_rng(0)) == 0
-        else:
-            with pytest.raises(ValueError, match="score them first"):
-                selector(candidates((0, None, None)), np.random.default_rng(0))
-    assert requires_scores(lambda candidates, rng: 0)
-    assert not requires_scores(without_scores(lambda candidates, rng: 0))
-
-
-def test_unknown_selector_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'best'.*lowest_entropy.*most_recent"):
-        get_completion_selector("best")
+    easy = make_strategy(
+        QUESTION_SAMPLERS, "question_sampling", "gaussian", {"bucket_mean": 0.125, "bucket_std": 0.01}
+    )
+    assert bucket_counts(pool, easy(pool, 10, np.random.default_rng(0))) == (10, 0, 0)
+    for name, kind in (("uniform", UniformSampler), ("random", RandomSampler)):
+        assert type(make_strategy(QUESTION_SAMPLERS, "question_sampling", name, {})) is kind
+    with pytest.raises(ValueError, match=r"question_sampling='best'.*'gaussian', 'uniform', 'random'"):
+        make_strategy(QUESTION_SAMPLERS, "question_sampling", "best", {})

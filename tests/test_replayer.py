@@ -1,0 +1,223 @@
+"""Batches planned and collected without a trainer: what is drawn, scored, chosen, stored, evicted and retired."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from exgrpo_trl import ExGRPOConfig, Experience, ExperienceBuffer, Question, QuestionSampler, question_id_of
+from exgrpo_trl.dataset import DroppedQuestions
+from exgrpo_trl.processes import Processes
+from exgrpo_trl.replayer import Replayer
+from exgrpo_trl.strategies import Strategies
+
+K, NUM_GROUPS = 4, 4
+CPU = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+
+
+def stored(*ids, version=0):
+    return Experience.create(ids, [-1.0] * len(ids), policy_version=version, reward=1.0)
+
+
+def filled_buffer(num_questions=4, completions=2):
+    """Questions q0, q1, ... with completions [number, 1], [number, 2], ..."""
+    buffer = ExperienceBuffer(group_size=K)
+    for number in range(num_questions):
+        experiences = [stored(number, index + 1) for index in range(completions)]
+        buffer.collect(Question(f"q{number}", {"prompt": f"q{number}"}), experiences, num_correct=2, group_size=K)
+    return buffer
+
+
+def make_replayer(buffer=None, score=None, rows=(), **options):
+    strategies = {name: options.pop(name) for name in ("question_sampler", "completion_selector") if name in options}
+    args = ExGRPOConfig(
+        output_dir="unused", use_cpu=True, bf16=False, report_to="none", num_generations=K,
+        per_device_train_batch_size=K * NUM_GROUPS, **{"replay_start_pass_rate": None} | options,
+    )  # fmt: skip
+    return Replayer(
+        filled_buffer() if buffer is None else buffer,
+        args,
+        Strategies.choose(args, **strategies),
+        Processes(CPU),
+        DroppedQuestions(Dataset.from_dict({"prompt": list(rows)}), None, min_rows=1),
+        tokenize=lambda prompts: [[int(prompt[1:], 36), 99] for prompt in prompts],
+        score=score or (lambda prompted: [(float(ids[1]), -float(ids[1])) for _, ids in prompted]),
+    )
+
+
+def step(replayer, rewards, global_step=0, names="abcd"):
+    """One batch: plan, place, reward, record, but collect; fresh completions are [row, step]."""
+    batch = replayer.next_batch(K * NUM_GROUPS, global_step)
+    batch.place([{"prompt": f"q{name}"} for name in names for _ in range(K)], "prompt")
+    with batch.generating():
+        batch.token_ids = [[100 + row, 200 + global_step] for row in range(K * NUM_GROUPS)]
+        batch.take_rewards(np.array(rewards, dtype=float).flatten(), 1.0)
+        mask = torch.ones(K * NUM_GROUPS, 2)
+        replayer.observe(mask)
+    batch.record(torch.arange(K * NUM_GROUPS), mask.bool(), -mask, mask)
+    return batch
+
+
+ONE_EACH = [[1, 0, 0, 0]] * NUM_GROUPS
+
+
+def test_half_of_the_questions_and_the_completion_of_lowest_entropy():
+    scored = []
+
+    def score(prompted):
+        scored.extend((list(prompt), ids.tolist()) for prompt, ids in prompted)
+        return [(float(ids[1]), 0.0) for _, ids in prompted]
+
+    replayer = make_replayer(score=score)
+    batch = replayer.next_batch(K * NUM_GROUPS, 7)
+    assert len(batch.replays) == 2
+    assert [replay.row for replay in batch.replays] == sorted(replay.row for replay in batch.replays)
+    for replay in batch.replays:
+        number = int(replay.question.question_id[1:])
+        assert replay.experience.token_ids.tolist() == [number, 1]
+        assert replay.entropy == 1.0
+    numbers = sorted(int(replay.question.question_id[1:]) for replay in batch.replays)
+    assert sorted(scored) == [([number, 99], [number, index]) for number in numbers for index in (1, 2)]
+    assert batch.policy_version == 7
+
+
+@pytest.mark.parametrize("options", [{"completions": 1}, {"completion_selection": "most_recent"}])
+def test_nothing_is_scored_where_nothing_depends_on_it(options):
+    buffer = filled_buffer(completions=options.pop("completions", 2))
+    replayer = make_replayer(buffer, score=lambda prompted: pytest.fail("scored"), **options)
+    batch = replayer.next_batch(K * NUM_GROUPS, 0)
+    assert [replay.entropy for replay in batch.replays] == [None, None]
+
+
+def test_successes_enter_the_buffer_with_the_next_plan():
+    replayer = make_replayer(filled_buffer(0))
+    batch = step(replayer, [[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]], global_step=5)
+    assert replayer.buffer.num_completions == 0
+    assert not batch.is_collected
+    replayer.next_batch(K * NUM_GROUPS, 6)
+    assert batch.is_collected
+    assert {s: list(ids) for s, ids in replayer.buffer.buckets().items()} == {1: ["qd"], 2: ["qa"]}
+    assert [e.token_ids.tolist() for e in replayer.buffer.completions("qa")] == [[100, 205], [101, 205]]
+    assert [e.policy_version for e in replayer.buffer.completions("qd")] == [5]
+    assert list(replayer.buffer.retired) == ["qc"]
+    replayer.collect()
+    assert replayer.buffer.num_completions == 3, "a batch is collected once"
+
+
+def test_a_replayed_completion_that_no_longer_counts_leaves():
+    replayer = make_replayer(filled_buffer(2, completions=1))
+    batch = step(replayer, [[0, 0, 0, 0]] * NUM_GROUPS)
+    assert {replay.question.question_id for replay in batch.replays} == {"q0", "q1"}
+    replayer.collect()
+    assert replayer.buffer.num_completions == 0
+    assert replayer.log_metrics()["replay/evicted_incorrect"] == 2
+
+
+def test_the_delayed_start():
+    replayer = make_replayer(filled_buffer(2), replay_start_pass_rate=0.25)
+    first = step(replayer, ONE_EACH)  # 0.25: not above
+    second = step(replayer, [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    third = step(replayer, ONE_EACH)
+    assert [batch.plan.is_started for batch in (first, second, third)] == [False, False, True]
+    assert [len(batch.replays) for batch in (first, second, third)] == [0, 0, 2]
+    assert replayer.buffer.num_completions == 4, "the batch that crossed the threshold is not collected"
+    assert list(replayer.buffer.retired) == ["qc"], "but its solved questions have retired"
+
+
+def test_versions_go_on_above_those_of_the_buffer():
+    buffer = filled_buffer(1)
+    buffer.collect(Question("q0", {"prompt": "q0"}), [stored(7, 9, version=41)], num_correct=2, group_size=K)
+    replayer = make_replayer(buffer)
+    replayer.begin_training()
+    assert replayer.next_batch(K * NUM_GROUPS, 3).policy_version == 45
+
+
+def test_the_state_survives_json_and_decides_what_comes_next():
+    def run(replayer, steps):
+        chosen = []
+        for number in steps:
+            batch = step(replayer, ONE_EACH, number, names=[f"{number}{i}" for i in range(NUM_GROUPS)])
+            chosen += [(r.row, r.question.question_id, r.experience.token_ids.tolist()) for r in batch.replays]
+        replayer.collect()
+        return chosen
+
+    whole = make_replayer(completion_selection="random")
+    run(whole, range(3))
+    state = json.loads(json.dumps(whole.state_dict()))
+    resumed = make_replayer(ExperienceBuffer(group_size=K), completion_selection="random")
+    copied = ExperienceBuffer.from_dataset(whole.buffer.to_dataset(), group_size=K)
+    copied.rng.bit_generator.state = whole.buffer.rng.bit_generator.state
+    copied.replay_state = state
+    resumed.load(lambda: copied)
+    assert resumed.state_dict() == whole.state_dict()
+    assert run(resumed, range(3, 8)) == run(whole, range(3, 8))
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_state_of_a_version_without_strategies():
+    replayer = make_replayer()
+    state = replayer.state_dict()
+    del state["state_version"], state["strategies"]
+    state["replayer"]["tokens_saved"] = 77
+    replayer.load_state_dict(json.loads(json.dumps(state)))
+    assert replayer.metrics.tokens_saved == 77
+
+
+class LeastDrawn(QuestionSampler):
+    """Stateful: the questions that were replayed least, in the order of their ids."""
+
+    def __init__(self):
+        self.counts = {}
+
+    def __call__(self, pool, num_questions, rng):
+        ids = sorted(question_id for ids in pool.buckets().values() for question_id in ids)
+        return sorted(ids, key=lambda question_id: self.counts.get(question_id, 0))[:num_questions]
+
+    def observe(self, batch):
+        for replay in batch.replays:
+            name = replay.question.question_id
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def state_dict(self):
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state):
+        self.counts = dict(state["counts"])
+
+    def metrics(self):
+        return {"most_drawn": max(self.counts.values(), default=0)}
+
+
+def test_a_stateful_sampler_observes_reports_and_is_saved(tmp_path):
+    options = {"retire_solved": False, "drop_retired_questions": False}
+    replayer = make_replayer(question_sampler=LeastDrawn(), **options)
+    drawn = []
+    for number in range(3):
+        batch = step(replayer, [[1, 0, 0, 0]] * NUM_GROUPS, number, names=["0", "1", "2", "3"])
+        drawn.append({replay.question.question_id for replay in batch.replays})
+    assert drawn[:2] == [{"q0", "q1"}, {"q2", "q3"}]
+    assert replayer.log_metrics()["replay/most_drawn"] == 1
+    replayer.save(str(tmp_path))
+    resumed = make_replayer(question_sampler=LeastDrawn(), **options)
+    resumed.load(lambda: ExperienceBuffer.load(tmp_path / "experience_buffer"))
+    assert resumed.strategies.question_sampler.counts == replayer.strategies.question_sampler.counts
+    assert sum(resumed.strategies.question_sampler.counts.values()) == 6
+
+
+def test_an_epoch_leaves_out_what_had_retired_when_it_began():
+    replayer = make_replayer(filled_buffer(0), rows=["qa", "qb", "qc"])
+    replayer.buffer.retire(question_id_of("qb"))
+    assert replayer.begin_epoch(1) == {1}
+    replayer.buffer.retire(question_id_of("qa"))
+    assert replayer.begin_epoch(1) == {1}, "the same epoch, resumed"
+    assert replayer.begin_epoch(2) == {0, 1}
+
+
+def test_a_batch_is_collected_before_an_epoch_begins():
+    replayer = make_replayer(filled_buffer(0), rows=["qa"])
+    step(replayer, [[1, 1, 1, 1]] + [[0, 0, 0, 0]] * 3)
+    replayer.begin_epoch(0)
+    assert list(replayer.buffer.retired) == ["qa"]
