@@ -15,6 +15,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 PACKAGES = ("exgrpo-trl", "trl", "transformers", "torch", "accelerate", "datasets", "pyarrow", "numpy", "torchrl")
 
 
@@ -73,20 +74,47 @@ def installed(name: str) -> str | None:
         return None
 
 
-def write(
-    file: Path, *, settings: dict[str, Any], results: Any, targets: list[Target], about: dict[str, Any] | None = None
-) -> None:
-    """Write a file of results, measured here unless `about` names a machine; an unfinished one never has its name."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = {
+def content_of(
+    *, settings: dict[str, Any], results: Any, targets: list[Target], about: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a file of results holds, measured here unless `about` names a machine."""
+    return {
         "settings": settings,
         "machine": about or machine(),
         "targets": [asdict(target) | {"is_met": bool(target.is_met)} for target in targets],
         "results": results,
     }
+
+
+def write(file: Path, **parts: Any) -> None:
+    """Write a file of results, of what `content_of` takes."""
+    write_json(file, content_of(**parts))
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write compact JSON with a line for every part, and for every item of a list; no unfinished file has the name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parts = [f"{json.dumps(name)}:{_in_lines(part)}" for name, part in content.items()]
     unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.write_text("{" + ",\n".join(parts) + "}\n")
     unfinished.rename(file)
+
+
+def _in_lines(part: Any) -> str:
+    """Compact JSON of a part, a line for every item of a list."""
+    if isinstance(part, list):
+        return "[\n" + ",\n".join(map(_compact, part)) + "]"
+    return _compact(part)
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def picture_of(output: Path) -> Path:
+    """Picture of a file of results: beside it, and in the documentation if it is one of the committed ones."""
+    folder = IMAGES if output.resolve().parent == RESULTS else output.parent
+    return folder / f"{output.stem}.png"
 
 
 def with_spread(values: Any, digits: int = 2) -> str:
@@ -123,8 +151,3 @@ TARGET_COLUMNS = ["what", "aim", "measured", "met", "cause"]
 def target_rows(targets: list[Target]) -> list[list[str]]:
     """A row per target."""
     return [[t.name, t.aim, t.measured, *(("yes", "") if t.is_met else ("MISSED", t.cause))] for t in targets]
-
-
-def targets_in(file: Path) -> list[Target]:
-    """Targets of a file that `write` has written; none of another file."""
-    return [Target(**target) for target in json.loads(file.read_text()).get("targets", [])]

@@ -1,27 +1,29 @@
 """
-Write the committed results into docs/benchmarks.md, so that what is shown there is what was measured.
+Write the committed results into docs/benchmarks.md, and draw their pictures: what is shown there is what was measured.
 
     python -m benchmarks.tables
 """
 
 import os
 import re
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if not __package__:  # run as a file: this folder would come first, and its profile.py would hide Python's
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import json
 
 import numpy as np
 
-from benchmarks import buffer_scale, learning_summary, step_cost
-from benchmarks.report import RESULTS, ROOT, TARGET_COLUMNS, target_rows, targets_in
+from benchmarks.buffer_scale import summary as buffer_scale
+from benchmarks.buffer_scale.picture import draw_buffer_scale
+from benchmarks.learning import summary as learning
+from benchmarks.learning.pictures import draw_all
+from benchmarks.learning.records import RECORDED, read
+from benchmarks.learning.stages import reported_runs
+from benchmarks.recorded import content_in, files_of, targets_in
+from benchmarks.report import IMAGES, RESULTS, ROOT, TARGET_COLUMNS, picture_of, target_rows
+from benchmarks.step_cost import summary as step_cost
+from benchmarks.step_cost.picture import draw_step_cost
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 
@@ -82,29 +84,29 @@ def tuning_tables(content: dict[str, Any]) -> Iterator[str]:
 
 def comparison_tables(content: dict[str, Any]) -> Iterator[str]:
     """One table."""
-    rows = learning_summary.comparison_rows(content["results"]["compared"])
-    yield markdown(learning_summary.COMPARISON_COLUMNS, rows)
+    rows = learning.comparison_rows(content["results"]["compared"])
+    yield markdown(learning.COMPARISON_COLUMNS, rows)
 
 
 def ablation_tables(content: dict[str, Any]) -> Iterator[str]:
     """One table."""
-    rows = learning_summary.ablation_rows(content["results"]["ablated"])
-    yield markdown(learning_summary.ABLATION_COLUMNS, rows)
+    rows = learning.ablation_rows(content["results"]["ablated"])
+    yield markdown(learning.ABLATION_COLUMNS, rows)
 
 
 # Name of a place in the page: file of results, what makes its tables, and the part that has machines of its own.
 PLACES = {
     "step-cost": ("step_cost.json", step_cost_tables, None),
     "buffer": ("buffer_scale.json", buffer_tables, None),
-    "tuning": ("learning.json", tuning_tables, "tuned"),
-    "comparison": ("learning.json", comparison_tables, "compared"),
-    "ablations": ("learning.json", ablation_tables, "ablated"),
+    "tuning": ("learning.parquet", tuning_tables, "tuned"),
+    "comparison": ("learning.parquet", comparison_tables, "compared"),
+    "ablations": ("learning.parquet", ablation_tables, "ablated"),
 }
 
 
 def targets_table(results: Path) -> str:
     """All targets of a folder of results."""
-    rows = [row for file in sorted(results.glob("*.json")) for row in target_rows(targets_in(file))]
+    rows = [row for file in files_of(results) for row in target_rows(targets_in(file))]
     return markdown(TARGET_COLUMNS, rows)
 
 
@@ -120,7 +122,7 @@ def filled(page: str, results: Path) -> str:
     contents = {"targets": targets_table(results)}
     for place, (name, tables, part) in PLACES.items():
         if (results / name).exists():
-            content = json.loads((results / name).read_text())
+            content = content_in(results / name)
             about = content["results"]["machines"][part] if part else content["machine"]
             contents[place] = "\n\n".join([*tables(content), versions(about)])
     for place, text in contents.items():
@@ -131,12 +133,20 @@ def filled(page: str, results: Path) -> str:
     return page
 
 
+def draw_pictures() -> None:
+    """All pictures of the committed results, as far as these are there."""
+    for name, draw in (("step_cost.json", draw_step_cost), ("buffer_scale.json", draw_buffer_scale)):
+        if (RESULTS / name).exists():
+            draw(content_in(RESULTS / name)["results"], picture_of(RESULTS / name))
+    if made := read(RECORDED):
+        compared, *_ = learning.grouped(reported_runs(made), made)
+        draw_all(compared, content_in(RECORDED)["results"]["ablated"], IMAGES)
+
+
 def main() -> None:
     PAGE.write_text(filled(PAGE.read_text(), RESULTS))
-    for name in ("step_cost.png", "buffer_scale.png"):
-        if (RESULTS / name).exists():
-            shutil.copy(RESULTS / name, ROOT / "docs" / "images" / name)
-    print(f"Written to {PAGE}")
+    draw_pictures()
+    print(f"Written to {PAGE} and {IMAGES}")
 
 
 if __name__ == "__main__":

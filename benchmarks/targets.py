@@ -8,14 +8,15 @@ What was aimed at, and what was measured: the targets of all results in a folder
 import argparse
 from pathlib import Path
 
-from benchmarks.report import ROOT, show_targets, targets_in
+from benchmarks.recorded import files_of, targets_in
+from benchmarks.report import ROOT, show_targets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "outputs" / "benchmarks")
     arguments = parser.parse_args()
-    targets = [target for file in sorted(arguments.folder.glob("*.json")) for target in targets_in(file)]
+    targets = [target for file in files_of(arguments.folder) for target in targets_in(file)]
     if not targets:
         raise SystemExit(f"{arguments.folder} holds no results. `make bench` makes them.")
     show_targets(targets)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -11,24 +12,25 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the benchmarks draw: `make test` installs matplotlib, for the newest TRL")
 
-from benchmarks import (
-    buffer_scale,
-    hidden_operations,
-    learning,
-    learning_report,
-    learning_run,
-    learning_summary,
-    step_cost,
-    steps,
-)
-from benchmarks.buffers import BUFFERS, groups
+from benchmarks.buffer_scale import summary as buffer_summary
+from benchmarks.buffer_scale.buffers import BUFFERS, groups
 from benchmarks.fresh_process import in_a_fresh_process
-from benchmarks.learning import make_runs
-from benchmarks.learning_run import Run
-from benchmarks.report import target_rows
-from benchmarks.step_cost import measure_memory
-from benchmarks.steps import Method, Size
+from benchmarks.learning import hidden_operations, records, stages
+from benchmarks.learning import report as learning_report
+from benchmarks.learning import run as learning_run
+from benchmarks.learning import summary as learning_summary
+from benchmarks.learning.run import Run
+from benchmarks.learning.stages import make_runs
+from benchmarks.report import ROOT, target_rows
+from benchmarks.step_cost import steps
+from benchmarks.step_cost import summary as step_summary
+from benchmarks.step_cost.memory import measure_memory
+from benchmarks.step_cost.steps import Method, Size
 from benchmarks.tables import PAGE, RESULTS, filled
+
+recorded_only = pytest.mark.skipif(
+    (ROOT / "PKG-INFO").exists(), reason="this is an unpacked source distribution, which carries no results"
+)
 
 
 def by_hand(name: str, digits: list[int]) -> list[int]:
@@ -115,6 +117,68 @@ def test_a_finished_run_is_not_made_again(tmp_path, capfd):
     assert "1 of 1 runs are there" in capfd.readouterr().out
 
 
+def test_a_run_of_the_parquet_file_is_not_made_again(tmp_path, capfd):
+    run = Run("bimodal", "grpo", 1e-4, seed=0)
+    make_runs([run], tmp_path, jobs=1, recorded={run: {}})
+    assert not list(tmp_path.iterdir())
+    assert "1 of 1 runs are there" in capfd.readouterr().out
+
+
+def single_run(folder, run, **changes):
+    """A file like those that runs leave; returns what it holds."""
+    point = {"step": 0, "seconds": 0.1 + 0.2, "pass_at_1": 0.1, "pass_at_8": 1 / 3}
+    line = {"step": 5.0, "entropy": 1.0, "completions/mean_length": 9.0}
+    result = {
+        "run": vars(run),
+        "machine": {"processor": "somewhere", "cores": 2, "trl": "1.0"},
+        "curve": [point, point | {"step": 25}],
+        "logs": [line, line | {"replay/fraction": 0.5}],
+    } | changes
+    folder.mkdir(exist_ok=True)
+    run.file(folder).write_text(json.dumps(result) + "\n")
+    return result
+
+
+def test_merging_takes_single_runs_into_the_parquet_file_without_loss(tmp_path):
+    folder, file = tmp_path / "runs", tmp_path / "learning.parquet"
+    runs = [Run("even-0.9", "balanced-rho-0.25", 3e-5, seed, warm_up, 600) for seed in (2, 10) for warm_up in (0, 1)]
+    first = {run: single_run(folder, run) for run in runs}
+    single_run(folder, Run("bimodal", "grpo", 1e-4, 0, steps=learning_run.SHORT_STEPS))
+    assert records.merge(folder, file) == 4
+    assert records.read(file) == first
+    again = single_run(tmp_path / "others", runs[0], logs=[])
+    more = single_run(tmp_path / "others", Run("bimodal", "grpo", 1e-4, 0), machine={"torch": "2"})
+    assert records.made(tmp_path / "others", file)[runs[0]] == again
+    assert records.merge(tmp_path / "others", file) == 2
+    assert records.read(file) == first | {runs[0]: again, Run("bimodal", "grpo", 1e-4, 0): more}
+
+    before = file.read_bytes()
+    single_run(tmp_path / "unknown", runs[1], logs=[{"step": 5.0, "a new metric": 1.0}])
+    with pytest.raises(ValueError, match="not in its schema"):
+        records.merge(tmp_path / "unknown", file)
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["learning.parquet", "others", "runs", "unknown"]
+
+
+@recorded_only
+def test_the_committed_runs_round_trip_through_single_files(tmp_path):
+    recorded = records.read(records.RECORDED)
+    assert len(recorded) == 216
+    for run, result in recorded.items():
+        run.file(tmp_path).write_text(json.dumps(result) + "\n")
+    assert records.merge(tmp_path, tmp_path / "learning.parquet") == 216
+    texts = {run: json.dumps(result) for run, result in records.read(tmp_path / "learning.parquet").items()}
+    assert texts == {run: json.dumps(result) for run, result in recorded.items()}
+    assert set(stages.tuning_runs() + stages.reported_runs(recorded)) == set(recorded)
+
+
+def test_no_module_of_the_benchmarks_hides_one_of_the_standard_library():
+    modules = list((ROOT / "benchmarks").rglob("*.py"))
+    assert ROOT / "benchmarks" / "learning" / "run.py" in modules
+    names = {path.stem for path in modules} | {path.parent.name for path in modules}
+    assert not names & sys.stdlib_module_names
+
+
 def first_digit_reward(completions, **kwargs):
     """Met often by a model that has hardly been warmed up."""
     return [float(completion[1:2] in "01234") for completion in completions]
@@ -174,12 +238,12 @@ def test_no_learning_run_begins_after_one_that_failed(tmp_path, monkeypatch):
     begun = []
 
     def fail(function, run, *arguments):
-        if function is learning.finish:
+        if function is stages.finish:
             begun.append(run)
             time.sleep(0.1)
             raise MemoryError(run)
 
-    monkeypatch.setattr(learning, "in_a_fresh_process", fail)
+    monkeypatch.setattr(stages, "in_a_fresh_process", fail)
     with pytest.raises(MemoryError):
         make_runs([Run("bimodal", "grpo", 1e-4, seed) for seed in range(9)], tmp_path, jobs=1)
     assert 1 <= len(begun) <= 3
@@ -245,14 +309,14 @@ def test_targets_of_the_buffer_are_judged_as_computed_by_hand():
     small = good | {"draw_milliseconds": [0.3]}
     bad = good | {"insert_microseconds": [21.0], "overhead_bytes_per_completion": 451.0, "load_seconds": 21.0}
     bad["draw_milliseconds"] = [1.1]
-    met = target_rows(buffer_scale.targets_of({(10**4, 4): [small], (10**6, 4): [good]}))
+    met = target_rows(buffer_summary.targets_of({(10**4, 4): [small], (10**6, 4): [good]}))
     assert [row[-2:] for row in met] == [["yes", ""]] * 6
-    missed = target_rows(buffer_scale.targets_of({(10**4, 4): [small], (10**6, 4): [bad]}))
+    missed = target_rows(buffer_summary.targets_of({(10**4, 4): [small], (10**6, 4): [bad]}))
     assert [row[0].split()[0] for row in missed if row[-2] == "MISSED" and row[-1]] == [
         "insert", "draw", "draw", "memory", "load",
     ]  # fmt: skip
     # 600 bytes more with three quarters of a question more: a question takes 800.
-    both = buffer_scale.targets_of(
+    both = buffer_summary.targets_of(
         {(10**4, 4): [small], (10**6, 4): [good], (10**6, 1): [good | {"overhead_bytes_per_completion": 1049.0}]}
     )
     assert "each question takes 800 bytes" in target_rows(both)[4][-1]
@@ -291,13 +355,13 @@ def test_targets_of_step_cost_are_judged_as_computed_by_hand():
         "ExGRPO 0.5, 4 stored": [seconds(3.3, scoring=0.4, collection=0.3)] * 3,
     }
     size = {"model": "tiny", "num_questions": 4, "length": 32}
-    one, four = step_cost.targets_of([{"size": size, "steps": steps_taken}])
+    one, four = step_summary.targets_of([{"size": size, "steps": steps_taken}])
     assert (one.is_met, four.is_met) == (True, False)  # the middle of 2.9 / 3, 2.9 / 3, 6.2 / 6; of 1.1, 1.1, 0.55
     # 1.6 s for 32 completions; 0.4 s for four of each of two questions; 0.3 of 3 s.
     assert four.cause.startswith("8 scored at 50 ms, 2 not generated at 50 ms; bookkeeping +10.0%, loss")
     slow_loss = {"GRPO": [seconds(3.0)], "slow": [seconds(4.0) | {"loss": 1.6}]}
-    assert step_cost.ratios(slow_loss, "slow").tolist() == [4 / 3]
-    np.testing.assert_allclose(step_cost.ratios(slow_loss, "slow", same_loss=True), [3.4 / 3])
+    assert step_summary.ratios(slow_loss, "slow").tolist() == [4 / 3]
+    np.testing.assert_allclose(step_summary.ratios(slow_loss, "slow", same_loss=True), [3.4 / 3])
     assert one.cause.startswith("nothing scored, 2 not generated at 50 ms; bookkeeping +0.0%")
 
 
@@ -311,7 +375,7 @@ def test_a_report_names_the_machines_of_its_runs_and_not_its_own(tmp_path):
         about = {"processor": "somewhere else", "threads": 1, "torch": version}
         content = {"run": vars(run), "machine": about, "curve": [point, point | {"step": 5}], "logs": [line]}
         run.file(folder).write_text(json.dumps(content))
-    learning_report.report(compared, [tuning], folder, output, plots=tmp_path)
+    learning_report.report(compared, [tuning], records.single_runs(folder), output, plots=tmp_path)
     written = json.loads(output.read_text())
     machines = written["results"]["machines"]
     assert machines["tuned"] == {"processor": "somewhere else", "threads": 1, "torch": "1"}
@@ -319,6 +383,7 @@ def test_a_report_names_the_machines_of_its_runs_and_not_its_own(tmp_path):
     assert written["machine"]["torch"] == "1 and 2 and 3"
 
 
+@recorded_only
 def test_the_documentation_shows_the_committed_results():
     page = PAGE.read_text()
     assert filled(page, RESULTS) == page, "run python -m benchmarks.tables"

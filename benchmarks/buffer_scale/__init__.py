@@ -1,0 +1,1 @@
+"""How the buffer scales, beside two other replay buffers."""

@@ -1,0 +1,1 @@
+"""Does replay learn more? GRPO and ExGRPO on a toy task."""

@@ -1,0 +1,1 @@
+"""What replay costs on several processes."""

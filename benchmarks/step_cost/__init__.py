@@ -1,0 +1,1 @@
+"""What replay costs: seconds per step and peak memory, beside TRL's GRPO."""

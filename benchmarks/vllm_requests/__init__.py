@@ -1,0 +1,1 @@
+"""What replay costs at a vLLM server."""
