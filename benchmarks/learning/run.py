@@ -23,7 +23,6 @@ from benchmarks.learning.hidden_operations import (
 )
 from benchmarks.report import ROOT, machine
 from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer, ExperienceBuffer
-from exgrpo_trl.rollouts import Plan, Records
 
 # Models after their warm-up.
 WARM_UPS = Path(os.environ.get("EXGRPO_BENCHMARK_CACHE", ROOT / "outputs" / "benchmarks"))
@@ -70,12 +69,14 @@ class QuestionsOnly(ExGRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        plan = self._coordinator.plan
+        next_batch = self.replayer.next_batch
 
-        def plan_questions(*args: Any) -> Plan:
-            return Plan(share=Records(plan(*args).share.questions))
+        def without_completions(*args: Any) -> Any:
+            batch = next_batch(*args)
+            batch.stored, batch.stored_rows = {}, frozenset()
+            return batch
 
-        self._coordinator.plan = plan_questions
+        self.replayer.next_batch = without_completions
 
 
 class KeepingBuffer(ExperienceBuffer):

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.learning.hidden_operations import tokenizer as character_tokenizer
-from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer, Experience, ExperienceBuffer, Question
-from exgrpo_trl.experience import question_id_of
+from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer, Experience, ExperienceBuffer, Question, question_id_of
 
 GROUP_SIZE = 8
 PHASES = ("generation", "scoring", "reward", "loss", "optimizer", "collection", "selection", "rest")
@@ -218,13 +217,20 @@ def watch_phases(trainer: Any, watch: Callable[[Any, str, str], None]) -> None:
     watch(trainer, "_calculate_rewards", "reward")
     watch(trainer, "compute_loss", "loss")
     watch(trainer.accelerator, "backward", "loss")
-    coordinator = getattr(trainer, "_coordinator", None)
-    if coordinator is not None:
-        watch(coordinator, "plan", "selection")
-        watch(coordinator, "_score", "scoring")
+    replayer = getattr(trainer, "replayer", None)
+    if replayer is not None:
+        next_batch = replayer.next_batch
+
+        def watched_batch(*args: Any) -> Any:
+            batch = next_batch(*args)
+            watch(batch, "record", "collection")
+            return batch
+
+        replayer.next_batch = watched_batch
+        watch(replayer, "next_batch", "selection")
+        watch(replayer, "score", "scoring")
         for method in ("collect", "observe"):
-            watch(coordinator, method, "collection")
-        watch(trainer, "_record", "collection")
+            watch(replayer, method, "collection")
 
 
 def steps_in_turn(

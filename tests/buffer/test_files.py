@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from exgrpo_trl.buffer import ExperienceBuffer, files, tables
+from exgrpo_trl.buffer.metadata import _sha256 as checksum_of
 from exgrpo_trl.records import Experience, ExperienceBufferError, Question
 
 K = 8
@@ -243,7 +244,7 @@ def rewrite(path, **changes):
     metadata |= changes
     metadata = {key: value for key, value in metadata.items() if value is not ...}
     text = json.dumps(metadata | {"checksum": ""}, indent=2)
-    text = text.replace('"checksum": ""', f'"checksum": "{metadata._sha256(text)}"', 1)
+    text = text.replace('"checksum": ""', f'"checksum": "{checksum_of(text)}"', 1)
     (path / "metadata.json").write_text(text)
 
 
