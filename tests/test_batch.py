@@ -109,7 +109,7 @@ def test_what_is_recorded():
     """Fresh rows that are worth storing, have tokens to train and known log-probabilities; each once."""
     first, _ = two_processes()
     first.token_ids = [[10, 11], [1, 2], [12], [13], [14, 15], [16]]
-    first.unscored = {5}
+    first.without_logps = {5}
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]])
     # Worth storing: rows 0, 1 (replayed), 3 (masked), 4, 5 (without log-probabilities).
     admit(first, [[1, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 0]], mask)

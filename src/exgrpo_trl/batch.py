@@ -70,10 +70,10 @@ class Batch:
             the main process, those of all groups that concern the buffer.
         token_ids (`list[list[int]]`):
             Completion token ids by position.
-        unscored (`set[int]`):
+        without_logps (`set[int]`):
             Positions whose completion came without log-probabilities from what sampled it.
         rewards (`np.ndarray`):
-            Success rewards of shape `(num_groups, group_size)`, NaN where no reward function scored.
+            Success rewards of shape `(num_groups, group_size)`, NaN where no reward function gave one.
         is_correct (`np.ndarray`):
             Which of them reach the success threshold.
         admission ([`Admission`]):
@@ -99,7 +99,7 @@ class Batch:
     group_size: int
     questions: dict[int, Question] = field(default_factory=dict)
     token_ids: list[list[int]] = field(default_factory=list)
-    unscored: set[int] = field(default_factory=set)
+    without_logps: set[int] = field(default_factory=set)
     rewards: np.ndarray = field(init=False)
     is_correct: np.ndarray = field(init=False)
     admission: Admission = field(init=False)
@@ -189,7 +189,7 @@ class Batch:
 
         Args:
             rewards (`np.ndarray`):
-                Shape `(num_groups * group_size,)`, NaN where no reward function scored.
+                Shape `(num_groups * group_size,)`, NaN where no reward function gave one.
             success_threshold (`float`):
                 Reward from which a rollout is correct.
         """
@@ -213,7 +213,7 @@ class Batch:
             self.first_row + position
             for position in range(self.num_rows)
             if self.plan.is_started and has_loss[position] and is_storable[self.first_row + position]
-            if position not in self.stored and position not in self.unscored
+            if position not in self.stored and position not in self.without_logps
         )
 
     def columns(self, like: torch.Tensor) -> dict[str, torch.Tensor]:

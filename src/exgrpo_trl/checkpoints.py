@@ -28,24 +28,12 @@ _SETTINGS = {
 
 
 def begin_checkpoint(folder: str | Path) -> None:
-    """
-    Mark a checkpoint as incomplete that is about to be written over.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of the checkpoint; need not exist.
-    """
+    """Mark a checkpoint as incomplete that is about to be written over."""
     (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
 def is_complete(folder: str | Path) -> bool:
-    """
-    Whether everything in a checkpoint has been written: the state of the trainer comes last.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of the checkpoint.
-    """
+    """Whether everything in a checkpoint has been written: the state of the trainer comes last."""
     try:
         return isinstance(json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
@@ -53,21 +41,7 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def newest_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """
-    Checkpoint to resume from after a run has died.
-
-    Args:
-        output_dir (`str` or `Path`):
-            Output directory of the run.
-
-    Returns:
-        `str` or `None`:
-            Folder of the newest complete checkpoint; `None` if there is no checkpoint at all.
-
-    Raises:
-        `ValueError`:
-            When there are checkpoints, but no complete one.
-    """
+    """Newest complete checkpoint; `None` if there is none at all, an error if all of them are incomplete."""
     steps = sorted(
         int(match[1])
         for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -86,18 +60,7 @@ def newest_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """
-    Hashes that tell whether stored token ids and prompts mean the same to another tokenizer.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the trainer.
-
-    Returns:
-        `dict[str, str]`:
-            SHA-256 of the vocabulary with its special tokens (`"tokenizer"`) and of the chat template
-            (`"chat_template"`).
-    """
+    """Hashes of vocabulary and chat template: whether stored token ids and prompts mean the same to a tokenizer."""
     specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(specials.items())])
     return {
@@ -107,23 +70,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def resolve_buffer(buffer: ReplayBuffer | None, args: ExGRPOConfig) -> ReplayBuffer | RemoteBuffer:
-    """
-    The given buffer, or an empty one as the configuration describes it; a stand-in where it lives elsewhere.
-
-    Args:
-        buffer ([`ReplayBuffer`] or `None`):
-            Buffer given to the trainer.
-        args ([`ExGRPOConfig`]):
-            Configuration of the trainer.
-
-    Returns:
-        [`ReplayBuffer`] or [`RemoteBuffer`]:
-            The buffer to use; the main process alone has one.
-
-    Raises:
-        `ValueError`:
-            When buffer and configuration set different limits.
-    """
+    """The given buffer, or an empty one as the configuration describes it; a stand-in where it lives elsewhere."""
     if buffer is not None:
         check_settings(buffer, args)
     if args.process_index != 0:
@@ -140,21 +87,7 @@ def resolve_buffer(buffer: ReplayBuffer | None, args: ExGRPOConfig) -> ReplayBuf
 
 
 def check_settings(buffer: ReplayBuffer, args: ExGRPOConfig, settings: Iterable[str] = tuple(_SETTINGS)) -> None:
-    """
-    Check that buffer and configuration agree.
-
-    Args:
-        buffer ([`ReplayBuffer`]):
-            Buffer to check.
-        args ([`ExGRPOConfig`]):
-            Configuration of the trainer.
-        settings (`Iterable[str]`, *optional*):
-            Attributes of the buffer to compare. By default all that a configuration sets.
-
-    Raises:
-        `ValueError`:
-            When they set different values.
-    """
+    """Check that buffer and configuration agree, in these attributes of the buffer."""
     for attribute in settings:
         mine, wanted = getattr(buffer, attribute, None), getattr(args, _SETTINGS[attribute])
         if wanted is not None and mine is not None and mine != wanted:
@@ -172,25 +105,7 @@ def check_buffer(
     vocab_size: int,
     source: str,
 ) -> None:
-    """
-    Check that a buffer can be replayed by this trainer. Walks the buffer once.
-
-    Args:
-        buffer ([`ReplayBuffer`]):
-            Buffer to check.
-        provenance (`Mapping[str, Any]`):
-            Fingerprints of the trainer's tokenizer and chat template, and its temperature.
-        max_completion_length (`int` or `None`):
-            Longest completion that the trainer accepts, in tokens. `None` sets no limit.
-        vocab_size (`int`):
-            Number of token ids that the model knows.
-        source (`str`):
-            Where the buffer comes from, for the messages.
-
-    Raises:
-        [`ExperienceBufferError`]:
-            When the tokenizer or the chat template differ, or a completion does not fit.
-    """
+    """Check that a buffer can be replayed by this trainer. Walks the buffer once."""
     for name in ("tokenizer", "chat_template"):
         if name in buffer.provenance and buffer.provenance[name] != provenance[name]:
             raise ExperienceBufferError(

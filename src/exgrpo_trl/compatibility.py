@@ -38,17 +38,7 @@ _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "ves
 
 
 def check_hooks(trainer_class: type = GRPOTrainer) -> None:
-    """
-    Check that TRL's trainer has the methods that replay wraps.
-
-    Args:
-        trainer_class (`type`, *optional*, defaults to [`~trl.GRPOTrainer`]):
-            Trainer to check.
-
-    Raises:
-        `RuntimeError`:
-            When a method or a parameter is missing; names it and the TRL version.
-    """
+    """Check that TRL's trainer has the methods that replay wraps."""
     for name, expected in _HOOKS.items():
         method = getattr(trainer_class, name, None)
         parameters = inspect.signature(method).parameters if callable(method) else {}
@@ -62,19 +52,7 @@ def check_hooks(trainer_class: type = GRPOTrainer) -> None:
 
 
 def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
-    """
-    Refuse what replay does not support, before a model is loaded.
-
-    Args:
-        arguments (`Mapping[str, Any]`):
-            Arguments of the trainer by name.
-        args ([`ExGRPOConfig`]):
-            Its configuration.
-
-    Raises:
-        `ValueError` or `NotImplementedError`:
-            With the reason and the way out.
-    """
+    """Refuse what replay does not support, before a model is loaded."""
     check_hooks()
     way_out = "Remove it, or set replay_fraction=0 to train with plain GRPO."
     unsupported = {
@@ -131,21 +109,7 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
 
 
 def check_processing_class(processing_class: Any, success_reward: str | None, reward_names: list[str]) -> None:
-    """
-    Refuse vision-language processors and reward names that do not exist, once TRL has resolved them.
-
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Processing class of the trainer.
-        success_reward (`str` or `None`):
-            Name of the reward function that decides correctness.
-        reward_names (`list[str]`):
-            Names of the reward functions.
-
-    Raises:
-        `ValueError` or `NotImplementedError`:
-            With the reason and the way out.
-    """
+    """Refuse vision-language processors and reward names that do not exist, once TRL has resolved them."""
     if isinstance(processing_class, ProcessorMixin):
         raise NotImplementedError(
             f"Replay does not support vision-language models ({type(processing_class).__name__}): images are not "
@@ -159,19 +123,7 @@ def check_processing_class(processing_class: Any, success_reward: str | None, re
 
 
 def check_vllm(vllm: Any, is_main: bool) -> None:
-    """
-    Check that what TRL generates with has the parts that replay wraps.
-
-    Args:
-        vllm ([`~trl.generation.vllm_generation.VLLMGeneration`]):
-            Made by TRL.
-        is_main (`bool`):
-            Whether this is the main process, which alone talks to a server.
-
-    Raises:
-        `RuntimeError`:
-            When a part is missing; names it and the TRL version.
-    """
+    """Check that what TRL generates with has the parts that replay wraps."""
     part = ENGINES.get(getattr(vllm, "mode", ""), "mode")
     has_part = hasattr(getattr(vllm, part, None), "generate") or (part == "vllm_client" and not is_main)
     if not has_part:
@@ -182,19 +134,7 @@ def check_vllm(vllm: Any, is_main: bool) -> None:
 
 
 def check_batch_size(train_batch_size: int, args: ExGRPOConfig) -> None:
-    """
-    Refuse to resume with a batch that is not the configured one: transformers below 5 takes the checkpoint's.
-
-    Args:
-        train_batch_size (`int`):
-            Rows per process that the trainer is going to use.
-        args ([`ExGRPOConfig`]):
-            Configuration of the trainer.
-
-    Raises:
-        `ValueError`:
-            When the two differ.
-    """
+    """Refuse to resume with a batch that is not the configured one: transformers below 5 takes the checkpoint's."""
     if train_batch_size != args.train_batch_size:
         raise ValueError(
             f"per_device_train_batch_size={args.train_batch_size}, but this release of transformers resumes with the "
@@ -204,19 +144,7 @@ def check_batch_size(train_batch_size: int, args: ExGRPOConfig) -> None:
 
 
 def check_wrapped(model: Any, accelerator: Accelerator) -> None:
-    """
-    Refuse to train each process on its own, which transformers does after an evaluation before the training.
-
-    Args:
-        model ([`~torch.nn.Module`]):
-            Model of a training step.
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator of the trainer.
-
-    Raises:
-        `RuntimeError`:
-            When there are several processes with a copy of the model each, and nothing that averages their gradients.
-    """
+    """Refuse to train each process on its own, which transformers does after an evaluation before the training."""
     if accelerator.distributed_type in _COPIES and not isinstance(model, DistributedDataParallel):
         raise RuntimeError(
             "The processes would train their copies of the model without sharing gradients: after trainer.evaluate(), "

@@ -43,19 +43,7 @@ class DroppedQuestions:
         return rows_of
 
     def begin_epoch(self, epoch: int, retired: Collection[str]) -> set[int]:
-        """
-        Rows to leave out of an epoch that begins, or that a resumed run is in the middle of.
-
-        Args:
-            epoch (`int`):
-                Number of the epoch.
-            retired (`Collection[str]`):
-                Retired questions in the order of their retirement.
-
-        Returns:
-            `set[int]`:
-                Dataset rows.
-        """
+        """Rows to leave out of an epoch that begins, or that a resumed run is in the middle of."""
         if epoch != self.epoch:
             self.epoch, self.num_retired = epoch, len(retired)
         dropped: set[int] = set()

@@ -118,23 +118,7 @@ def _from_json_dict(value: dict[str, Any]) -> Any:
 
 
 def row_question_id(row: Mapping[str, Any], question_id_column: str | None) -> str:
-    """
-    Id of the question of a dataset row.
-
-    Args:
-        row (`Mapping`):
-            Dataset row.
-        question_id_column (`str` or `None`):
-            Column that holds the id. `None` hashes the prompt.
-
-    Returns:
-        `str`:
-            The id.
-
-    Raises:
-        `ValueError`:
-            When the column is missing or empty in this row.
-    """
+    """Id of the question of a dataset row."""
     if question_id_column is None:
         return question_id_of(row["prompt"])
     if row.get(question_id_column) is None:
@@ -146,23 +130,7 @@ def row_question_id(row: Mapping[str, Any], question_id_column: str | None) -> s
 
 
 def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[str]:
-    """
-    Ids of all questions of a map-style dataset, in row order.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Training dataset.
-        question_id_column (`str` or `None`):
-            Column that holds the id. `None` hashes the prompt.
-
-    Returns:
-        `list[str]`:
-            One id per row.
-
-    Raises:
-        `ValueError`:
-            When the column does not exist, is empty in a row, or gives one id to two different prompts.
-    """
+    """Ids of all questions of a map-style dataset, in row order."""
     if question_id_column is None:
         return [question_id_of(prompt) for prompt in dataset["prompt"]]
     if question_id_column not in dataset.column_names:
@@ -184,18 +152,7 @@ def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[s
 
 
 def stored_row(question: Question, like: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    The stored row of a question with the columns of the batch, in a copy that reward functions may write into.
-
-    Args:
-        question ([`Question`]):
-            Replayed question.
-        like (`Mapping`):
-            Row of the batch whose place the stored one takes.
-
-    Raises:
-        ValueError: if the stored row lacks a column of the batch.
-    """
+    """The stored row of a question with the columns of the batch, in a copy that reward functions may write into."""
     missing = sorted(like.keys() - question.example.keys())
     if missing:
         raise ValueError(
@@ -208,10 +165,6 @@ def stored_row(question: Question, like: Mapping[str, Any]) -> dict[str, Any]:
 def question_of_row(row: Mapping[str, Any], question_id_column: str | None) -> Question:
     """
     Question of a dataset row, with a copy of the row: reward functions may write into the rows that they are given.
-
-    Raises:
-        TypeError: if a column holds what cannot be saved; here rather than at the first checkpoint.
-        ValueError: if the id is missing.
     """
     encode_example(row)
     return Question(row_question_id(row, question_id_column), copy.deepcopy(dict(row)))

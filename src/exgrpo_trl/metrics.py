@@ -120,31 +120,14 @@ class ReplayMetrics:
         return dict(self._last)
 
     def line(self, of_buffer: Mapping[str, float], of_strategies: Mapping[str, float]) -> dict[str, float]:
-        """
-        What a log line says of replay: everything since the last line, and the present sizes.
-
-        Args:
-            of_buffer (`Mapping[str, float]`):
-                Sizes and counters of the buffer, see [`ExperienceBuffer.metrics`]; `bucket_3` becomes
-                `replay/bucket_3`.
-            of_strategies (`Mapping[str, float]`):
-                What strategies report, by their own names.
-        """
+        """What a log line says of replay: everything since the last line, and the present sizes."""
         sizes = {_OF_BUFFER.get(name, f"replay/{name}"): value for name, value in of_buffer.items()}
         reported = {f"replay/{name}": float(value) for name, value in of_strategies.items()}
         return self.flush() | sizes | reported | {"replay/tokens_saved": float(self.tokens_saved)}
 
 
 class SuccessWatch:
-    """
-    Warns once where no completion of many batches counts as correct.
-
-    Args:
-        success_threshold (`float`):
-            Reward from which a completion is correct.
-        is_needed (`bool`):
-            Whether anything depends on a success: continuous rewards need none to be stored.
-    """
+    """Warns once where no completion of many batches counts as correct."""
 
     def __init__(self, success_threshold: float, *, is_needed: bool) -> None:
         self.success_threshold = success_threshold
@@ -190,18 +173,7 @@ class SuccessWatch:
 
 
 def importance_ratio_metrics(log_ratios: np.ndarray) -> dict[str, float]:
-    """
-    Mean, maximum and quantiles of importance ratios, and their effective sample size.
-
-    Args:
-        log_ratios (`np.ndarray`):
-            Log importance ratios of replayed tokens, shape `(N,)`, nats.
-
-    Returns:
-        `dict[str, float]`:
-            `replay/importance_ratio_{mean,max,q10,q50,q90}`, and `replay/effective_sample_size`, Kish's
-            `(sum w)^2 / (N sum w^2)` in (0, 1]; empty when there is no token.
-    """
+    """Mean, maximum and quantiles of importance ratios, and their effective sample size."""
     if not len(log_ratios):
         return {}
     largest = log_ratios.max()
@@ -216,8 +188,8 @@ def importance_ratio_metrics(log_ratios: np.ndarray) -> dict[str, float]:
 
 
 def _nanmean(values: np.ndarray) -> float:
-    scored = values[~np.isnan(values)]
-    return float(scored.mean()) if scored.size else float("nan")
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
 
 
 def _has_no_signal(fresh: np.ndarray) -> np.ndarray:

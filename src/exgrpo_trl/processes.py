@@ -40,19 +40,7 @@ class Processes:
         return self.rank == 0
 
     def decide(self, what: str, choose: Callable[[], T]) -> T:
-        """
-        What the main process chooses, on all processes.
-
-        Args:
-            what (`str`):
-                What is decided, for the message: "drawing the questions to replay".
-            choose (`Callable`):
-                Called on the main process alone.
-
-        Raises:
-            `Exception`:
-                On the main process what `choose` raised, on the others a `RuntimeError` with its message.
-        """
+        """What `choose` returns or raises on the main process, on all; `what` it decides, for the message."""
         if self.count == 1:
             return choose()
         error: Exception | None = None
@@ -72,13 +60,7 @@ class Processes:
         return cast(T, outcome[0])
 
     def gather(self, mine: T) -> list[T]:
-        """
-        What each process has, by process on the main process; nothing on the others.
-
-        Args:
-            mine (`Any`):
-                What this process has.
-        """
+        """What each process has, by process on the main process; nothing on the others."""
         if self.count == 1:
             return [mine]
         with self._timed("gathering"):
@@ -97,15 +79,6 @@ class Processes:
         Let all processes fail where one fails, instead of letting the others wait for it.
 
         The block must not end early on one process while another waits for it inside the block.
-
-        Args:
-            what (`str`):
-                What the block does, for the message: "computing rewards".
-
-        Raises:
-            `RuntimeError`:
-                On the processes that did not fail, with the error of the first one that did. That one raises what it
-                raised.
         """
         error: Exception | None = None
         try:

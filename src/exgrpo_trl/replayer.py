@@ -15,9 +15,10 @@ from .config import ExGRPOConfig
 from .dataset import DroppedQuestions
 from .metrics import ReplayMetrics, SuccessWatch
 from .processes import Processes
-from .records import Candidate, Replay
-from .scoring import Prompted, Scores, add_scores, score_share
+from .records import Candidate, Experience, Replay
+from .scoring import Prompted, Scores, add_scores, score_candidates
 from .strategies import Strategies
+from .strategies.samplers import check_drawn
 
 # Of the state that a buffer keeps for the trainer. 1: without the strategies.
 _STATE_VERSION = 2
@@ -74,7 +75,7 @@ class Replayer:
         self.metrics = ReplayMetrics()
         self.is_started = args.replay_start_pass_rate is None
         self._log_ratios: list[np.ndarray] = []  # of this process, since the last log line
-        needs_success = args.difficulty == "success_rate" or not self.is_started
+        needs_success = strategies.admission.requires_success or not self.is_started
         self.success_watch = SuccessWatch(args.success_threshold, is_needed=needs_success)
         self._version_offset = 0
 
@@ -121,7 +122,7 @@ class Replayer:
                 Optimizer steps of this run so far.
         """
         self.collect()
-        start, num_groups = time.perf_counter(), num_rows * self.processes.count // self.args.num_generations
+        start = time.perf_counter()
         candidates: dict[str, list[Candidate]] = {}
 
         def draw() -> tuple[bool, list[Prompted]]:
@@ -130,11 +131,11 @@ class Replayer:
 
         is_started, to_score = self.processes.decide("drawing the questions to replay", draw)
         before_scoring = time.perf_counter()
-        scores = score_share(to_score, self.score, self.processes, self.args.per_device_train_batch_size)
+        scores = score_candidates(to_score, self.score, self.processes, self.args.per_device_train_batch_size)
         scoring_seconds = time.perf_counter() - before_scoring
 
         def choose() -> Plan:
-            chosen = self._choose(add_scores(candidates, scores), num_groups)
+            chosen = self._choose(add_scores(candidates, scores))
             return Plan(self._version_offset + global_step, self.is_started, tuple(chosen))
 
         plan = self.processes.decide("choosing the completions to replay", choose)
@@ -143,7 +144,8 @@ class Replayer:
             scoring_seconds=scoring_seconds if is_started else 0.0,
             candidates_scored=len(to_score),
         )
-        self.batch = Batch(plan, self.processes.rank * num_rows, num_rows, num_groups, self.args.num_generations)
+        shape = self.args.num_groups, self.args.num_generations
+        self.batch = Batch(plan, self.processes.rank * num_rows, num_rows, *shape)
         return self.batch
 
     def _draw(self, global_step: int) -> dict[str, list[Candidate]]:
@@ -154,24 +156,19 @@ class Replayer:
             self.buffer.evict_older_than(self._version_offset + global_step - self.args.max_staleness)
         n = min(self.args.num_groups_to_replay, self.buffer.num_questions)
         question_ids = list(self.buffer.sample_questions(n, self.strategies.question_sampler)) if n else []
-        # A buffer of the user may have a `sample_questions` of its own.
+        # A buffer of the user may draw as it likes.
         source = f"{type(self.buffer).__name__}.sample_questions({n})"
-        if len(question_ids) > n:
-            raise ValueError(f"{source} returned {len(question_ids)} questions. Return at most {n}.")
-        duplicates = {question_id for question_id in question_ids if question_ids.count(question_id) > 1}
-        if duplicates:
-            raise ValueError(f"{source} returned {sorted(duplicates)} more than once. Return distinct question ids.")
-        candidates: dict[str, list[Candidate]] = {}
-        for question_id in question_ids:
-            try:
-                candidates[question_id] = [Candidate(stored) for stored in self.buffer.completions(question_id)]
-            except KeyError:
-                candidates[question_id] = []
-            if not candidates[question_id]:
-                raise ValueError(
-                    f"{source} returned {question_id!r}, which has no stored completion. Return ids of stored ones."
-                )
-        return candidates
+        check_drawn(question_ids, n, lambda question_id: bool(self._completions(question_id)), source)
+        return {
+            question_id: [Candidate(experience) for experience in self._completions(question_id)]
+            for question_id in question_ids
+        }
+
+    def _completions(self, question_id: str) -> Sequence[Experience]:
+        try:
+            return self.buffer.completions(question_id)
+        except KeyError:
+            return ()
 
     def _to_score(self, candidates: Mapping[str, list[Candidate]]) -> list[Prompted]:
         """Prompt and completion of every candidate that the choice depends on: none where there is no choice."""
@@ -185,11 +182,11 @@ class Replayer:
             for candidate in candidates[question_id]
         ]
 
-    def _choose(self, candidates: Mapping[str, Sequence[Candidate]], num_groups: int) -> list[Replay]:
+    def _choose(self, candidates: Mapping[str, Sequence[Candidate]]) -> list[Replay]:
         """One completion per drawn question, and its row (method, section 4); ascending by row."""
         if not candidates:
             return []
-        rows = plan_rows(num_groups, self.args.num_generations, len(candidates), self.rng)
+        rows = plan_rows(self.args.num_groups, self.args.num_generations, len(candidates), self.rng)
         return [self._select(*drawn, row) for row, drawn in zip(rows, candidates.items(), strict=True)]
 
     def _select(self, question_id: str, choices: Sequence[Candidate], row: int) -> Replay:

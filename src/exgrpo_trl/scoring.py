@@ -26,18 +26,6 @@ def deal_forwards(lengths: Sequence[int], num_processes: int, batch_size: int) -
 
     FSDP and ZeRO-3 need the former: a forward waits for all processes. Where the sequences do not go round, the last
     ones are dealt twice.
-
-    Args:
-        lengths (`Sequence[int]`):
-            Tokens of each sequence.
-        num_processes (`int`):
-            Processes that share the work.
-        batch_size (`int`):
-            Most sequences of a forward.
-
-    Returns:
-        `list[list[list[int]]]`:
-            Indices of the sequences by process and forward, longest first.
     """
     if not lengths:
         return [[] for _ in range(num_processes)]
@@ -49,29 +37,13 @@ def deal_forwards(lengths: Sequence[int], num_processes: int, batch_size: int) -
     return [batches[process::num_processes] for process in range(num_processes)]
 
 
-def score_share(
+def score_candidates(
     prompted: Sequence[Prompted],
     score: Callable[[Sequence[Prompted]], list[Scores]],
     processes: Processes,
     batch_size: int,
 ) -> dict[int, Scores]:
-    """
-    Score completions on all processes, each its share; all of them call this with the same completions.
-
-    Args:
-        prompted (`Sequence[tuple]`):
-            Prompts and completions, as token ids.
-        score (`Callable`):
-            Scores some of them in one forward.
-        processes ([`Processes`]):
-            Processes of the run.
-        batch_size (`int`):
-            Most completions of a forward.
-
-    Returns:
-        `dict[int, tuple[float, float]]`:
-            Scores by number of the completion, on the main process; nothing on the others.
-    """
+    """Scores by number of the completion, on the main process; all processes call this, and each makes its share."""
     if not prompted:
         return {}
     lengths = [len(prompt) + len(completion) for prompt, completion in prompted]
@@ -89,15 +61,7 @@ def score_share(
 def add_scores(
     candidates: Mapping[str, Sequence[Candidate]], scores: Mapping[int, Scores]
 ) -> dict[str, list[Candidate]]:
-    """
-    Candidates by question with their scores.
-
-    Args:
-        candidates (`Mapping[str, Sequence[Candidate]]`):
-            Candidates by question.
-        scores (`Mapping[int, tuple[float, float]]`):
-            Scores by number, counted over the candidates of the questions that have a choice; may be empty.
-    """
+    """Candidates with their scores, which are counted over the candidates of questions that have a choice."""
     numbers = itertools.count()
     return {
         question_id: [Candidate(choice.experience, *scores[next(numbers)]) for choice in choices]
@@ -117,21 +81,6 @@ def score_completions(
 ) -> list[Scores]:
     """
     Mean token entropy and mean negative log-likelihood of stored completions under the current policy, in one forward.
-
-    Args:
-        prompted (`Sequence[tuple]`):
-            Prompts and completions, as token ids.
-        forward (`Callable`):
-            Maps `(input_ids, attention_mask, logits_to_keep)` to per-token log-probabilities and entropies.
-        pad_token_id (`int`):
-            Padding token.
-        device (`torch.device` or `str`):
-            Where to put the inputs.
-
-    Returns:
-        `list[tuple[float, float]]`:
-            In the order of `prompted`; entropy and negative log-likelihood in nats per completion token (section 4
-            of the method: the mean over the completion's own tokens, its end-of-sequence token included).
     """
     longest_prompt = max(len(prompt) for prompt, _ in prompted)
     longest_completion = max(len(completion) for _, completion in prompted)
@@ -166,10 +115,6 @@ def reshard(model: torch.nn.Module) -> None:
     Give back what FSDP2 keeps whole after a forward without a backward: the parameters of the outermost module.
 
     TRL reads the shards when it sends the weights to vLLM.
-
-    Args:
-        model ([`~torch.nn.Module`]):
-            Model, sharded or not.
     """
     sharded = getattr(fsdp, "FSDPModule", ())  # torch below 2.6 has none
     for module in model.modules():

@@ -118,7 +118,9 @@ def make_trainer(output_dir: Any, trainer_class: Any = None, **options: Any) -> 
         "callbacks": None,
     }
     if issubclass(trainer_class, ExGRPOTrainer):
-        arguments |= {"experience_buffer": None, "question_sampler": None, "completion_selector": None}
+        own = ("experience_buffer", "question_sampler", "completion_selector", "admission", "eviction", "weighting")
+        # A name is a field of the config, anything else a strategy.
+        arguments |= {name: None for name in own if not isinstance(options.get(name), str)}
         config_class: Any = ExGRPOConfig
         options.setdefault("replay_start_pass_rate", None)
     else:

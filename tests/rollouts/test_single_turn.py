@@ -6,7 +6,7 @@ import pytest
 from exgrpo_trl.batch import Batch, Plan
 from exgrpo_trl.records import Experience, Question, Replay
 from exgrpo_trl.rollouts import SingleTurnRollouts
-from exgrpo_trl.rollouts.base import is_unscored, put_stored
+from exgrpo_trl.rollouts.base import lacks_logps, put_stored
 
 
 def stored_completion():
@@ -44,7 +44,7 @@ def test_stored_completions_come_with_their_log_probabilities():
 
 
 def test_missing_log_probabilities():
-    assert not is_unscored([])
-    assert not is_unscored([-1.0, 0.0])
-    assert is_unscored([-1.0, None])
-    assert is_unscored([float("nan"), -1.0])
+    assert not lacks_logps([])
+    assert not lacks_logps([-1.0, 0.0])
+    assert lacks_logps([-1.0, None])
+    assert lacks_logps([float("nan"), -1.0])

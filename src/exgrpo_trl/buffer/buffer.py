@@ -12,7 +12,7 @@ import numpy as np
 
 from ..records import Experience, Question
 from ..strategies.eviction import EvictionFunction, Oldest
-from ..strategies.samplers import GaussianSampler, SamplingFunction
+from ..strategies.samplers import GaussianSampler, SamplingFunction, check_drawn
 from .indices import BucketView
 from .invariants import violations
 from .store import Store, StoredQuestion
@@ -269,12 +269,7 @@ class ExperienceBuffer:
             raise ValueError(f"The number of questions to draw must not be negative, got {n}.")
         n = min(n, self.num_questions)
         drawn = list((sampler or GaussianSampler())(self, n, self.rng)) if n else []
-        if len(drawn) > n:
-            raise ValueError(f"The question sampler returned {len(drawn)} questions, at most {n} were asked for.")
-        if len(set(drawn)) < len(drawn):
-            raise ValueError("The question sampler returned a question twice; it must draw without replacement.")
-        if unknown := [question_id for question_id in drawn if question_id not in self._store.questions]:
-            raise ValueError(f"The question sampler returned {unknown[0]!r}, which is not a stored question.")
+        check_drawn(drawn, n, self._store.questions.__contains__, "The question sampler")
         return drawn
 
     def retire(self, question_id: str) -> None:

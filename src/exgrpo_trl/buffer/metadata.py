@@ -28,16 +28,7 @@ RESUME_HINT = "Resume from an earlier checkpoint, or put an empty buffer in its 
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """
-    The checked content of a saved buffer's `metadata.json`.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            Directory of the buffer.
-
-    Raises:
-        ExperienceBufferError: if it is missing, damaged, or written by a newer version.
-    """
+    """The checked content of a saved buffer's `metadata.json`."""
     directory = Path(path)
     if not directory.is_dir():
         fail(

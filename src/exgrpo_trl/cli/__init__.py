@@ -15,16 +15,7 @@ COMMANDS = {"show": show}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Entry point of the command `exgrpo-trl`.
-
-    Args:
-        argv (`Sequence[str]`, *optional*):
-            Arguments, by default those of the process.
-
-    Returns:
-        `int`: exit code, 0 if all went well and 1 if a buffer could not be read.
-    """
+    """Entry point of the command `exgrpo-trl`."""
     parser = argparse.ArgumentParser(prog="exgrpo-trl", description="Look at what an ExGRPO run has stored.")
     parsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():

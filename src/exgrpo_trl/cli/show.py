@@ -38,16 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def summarize(path: Path) -> dict[str, Any]:
-    """
-    What `exgrpo-trl show` reports, as plain JSON.
-
-    Args:
-        path (`Path`):
-            Directory of a buffer, or of a checkpoint that contains one.
-
-    Raises:
-        ExperienceBufferError: if there is no intact buffer.
-    """
+    """What `exgrpo-trl show` reports, as plain JSON."""
     nested = path / BUFFER_FOLDER
     directory = nested if nested.is_dir() else path
     buffer = ExperienceBuffer.load(directory)

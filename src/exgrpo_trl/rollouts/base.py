@@ -26,26 +26,10 @@ class Rollouts(ABC):
         multimodal_fields: Mapping[str, Sequence[Any]],
         batch: Batch,
     ) -> tuple[Any, ...]:
-        """
-        Completions of all rows of this process.
-
-        Args:
-            generate (`Callable`):
-                TRL's generation.
-            prompt_ids (`Sequence[list[int]]`):
-                Prompt token ids of the rows of this process.
-            multimodal_fields (`Mapping[str, Sequence[Any]]`):
-                Further fields by name, one value per row.
-            batch ([`Batch`]):
-                The batch; is told which completions came without log-probabilities.
-
-        Returns:
-            `tuple`:
-                What `generate` returns, for all rows.
-        """
+        """What `generate` returns, for all rows of this process."""
         completion_ids, logps, *rest = self.generate_fresh(generate, prompt_ids, multimodal_fields, batch)
         if logps is not None:
-            batch.unscored = {position for position, of_row in enumerate(logps) if is_unscored(of_row)}
+            batch.without_logps = {position for position, of_row in enumerate(logps) if lacks_logps(of_row)}
         return *put_stored(completion_ids, logps, batch.stored), *rest
 
     @abstractmethod
@@ -64,22 +48,7 @@ def put_stored(
     sampling_logps: Sequence[Sequence[float | None]] | None,
     stored: Mapping[int, Experience],
 ) -> tuple[list[list[int]], list[Sequence[float | None]] | None]:
-    """
-    Put stored completions into their rows.
-
-    Args:
-        completion_ids (`Sequence[list[int]]`):
-            Completion token ids by row.
-        sampling_logps (`Sequence[Sequence[float | None]]` or `None`):
-            Log-probabilities of what sampled them, by row; `None` where transformers generates.
-        stored (`Mapping[int, Experience]`):
-            Stored completions by row.
-
-    Returns:
-        `tuple`:
-            Token ids, and log-probabilities where there were any: of stored completions those of the policy that
-            generated them.
-    """
+    """Put stored completions into their rows, with the log-probabilities of the policy that generated them."""
     ids = [stored[row].token_ids.tolist() if row in stored else ids for row, ids in enumerate(completion_ids)]
     if sampling_logps is None:
         return ids, None
@@ -89,6 +58,6 @@ def put_stored(
     ]
 
 
-def is_unscored(sampling_logps: Sequence[float | None]) -> bool:
+def lacks_logps(sampling_logps: Sequence[float | None]) -> bool:
     """Whether what sampled a completion has left out the log-probability of one of its tokens."""
     return bool(np.isnan(np.array(sampling_logps, dtype=float)).any())

@@ -18,17 +18,7 @@ _FIELDS = ("completion_ids", "logprobs")
 
 
 class VLLMRollouts(Rollouts):
-    """
-    Keeps the rows of stored completions from vLLM, whose answer TRL cuts into parts of equal length.
-
-    Args:
-        vllm ([`~trl.generation.vllm_generation.VLLMGeneration`]):
-            What TRL generates with.
-        processes ([`Processes`]):
-            Processes of the run.
-        tensor_parallel_size (`int`):
-            Processes that share an engine.
-    """
+    """Keeps the rows of stored completions from vLLM, whose answer TRL cuts into parts of equal length."""
 
     def __init__(self, vllm: Any, processes: Processes, tensor_parallel_size: int) -> None:
         self.vllm = vllm
@@ -62,14 +52,6 @@ def fresh_rows_only(vllm: Any, stored_rows: Collection[int], first_row: int) -> 
     processes, so that it must be asked for all rows. What reaches vLLM itself are the fresh rows; in the answer, a
     stored row has an empty completion. A failure of vLLM is raised at the end of the block, when no process waits for
     an answer any more.
-
-    Args:
-        vllm ([`~trl.generation.vllm_generation.VLLMGeneration`]):
-            What TRL generates with. Its server client or engine is wrapped within the block.
-        stored_rows (`Collection[int]`):
-            Rows of the whole batch that are not generated.
-        first_row (`int`):
-            First row of the batch that the engine of this process generates for: 0 with a server.
     """
     name = ENGINES[vllm.mode]
     engine = getattr(vllm, name, None)
@@ -156,24 +138,7 @@ def sampling_metrics(
     *,
     by_sequence: bool,
 ) -> dict[str, float]:
-    """
-    TRL's metrics of the distance between sampler and policy, of fresh rows alone. Called by all processes.
-
-    Args:
-        output (`Mapping[str, torch.Tensor]`):
-            Scored batch of this process: `completion_mask`, `old_per_token_logps` and `sampling_per_token_logps` of
-            shape `(B, T)`, `importance_sampling_ratio` of shape `(B, T)` or, for sequences, `(B, 1)`.
-        is_fresh (`torch.Tensor`):
-            Which rows were generated, shape `(B,)`.
-        gather (`Callable`):
-            Gathers the rows of a tensor from all processes.
-        by_sequence (`bool`):
-            Whether the ratios are those of sequences.
-
-    Returns:
-        `dict[str, float]`:
-            By the name that TRL logs, means and extremes over the processes; 0 where nothing was generated.
-    """
+    """TRL's metrics of the distance between sampler and policy, of fresh rows alone. Called by all processes."""
     mask = output["completion_mask"].bool() & is_fresh.unsqueeze(1)
     differences = (output["old_per_token_logps"] - output["sampling_per_token_logps"]).abs()[mask]
     differences = differences[~differences.isnan()]

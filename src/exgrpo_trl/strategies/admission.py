@@ -58,7 +58,15 @@ AdmissionFunction = Callable[[np.ndarray, np.ndarray, np.ndarray], Admission]
 
 
 class AdmissionRule(Strategy):
-    """Decides what of a generation batch is stored, in which bucket its questions go, and which of them retire."""
+    """
+    Decides what of a generation batch is stored, in which bucket its questions go, and which of them retire.
+
+    Attributes:
+        requires_success (`bool`):
+            Whether nothing is stored without correct completions, so that their absence deserves a warning.
+    """
+
+    requires_success: bool = True
 
     @abstractmethod
     def __call__(self, rewards: np.ndarray, is_correct: np.ndarray, is_fresh: np.ndarray) -> Admission:
@@ -67,7 +75,7 @@ class AdmissionRule(Strategy):
 
         Args:
             rewards (`np.ndarray`):
-                Success rewards, shape `(num_groups, group_size)`; NaN where no reward function scored.
+                Success rewards, shape `(num_groups, group_size)`; NaN where no reward function gave one.
             is_correct (`np.ndarray`):
                 Which of them reach `success_threshold`, same shape.
             is_fresh (`np.ndarray`):
@@ -85,6 +93,8 @@ class SuccessRate(AdmissionRule):
 
 class RewardSpread(AdmissionRule):
     """For continuous rewards: what stands out of its group is stored, the bucket is the spread (paper section 5.3)."""
+
+    requires_success = False
 
     def __call__(self, rewards: np.ndarray, is_correct: np.ndarray, is_fresh: np.ndarray) -> Admission:
         is_above_mean = stands_out(rewards)
@@ -111,12 +121,12 @@ def success_rewards(rewards_per_func: np.ndarray, weights: np.ndarray, index: in
 
     Returns:
         `np.ndarray`:
-            Shape `(N,)`, NaN where no function that counts has scored.
+            Shape `(N,)`, NaN where no function that counts gave one.
     """
     if index is not None:
         return rewards_per_func[:, index]
-    is_scored = ~np.isnan(rewards_per_func).all(axis=1)
-    return np.where(is_scored, np.nansum(rewards_per_func * weights, axis=1), np.nan)
+    has_reward = ~np.isnan(rewards_per_func).all(axis=1)
+    return np.where(has_reward, np.nansum(rewards_per_func * weights, axis=1), np.nan)
 
 
 def reaches(rewards: np.ndarray, threshold: float) -> np.ndarray:
@@ -130,8 +140,8 @@ def reaches(rewards: np.ndarray, threshold: float) -> np.ndarray:
 
 def stands_out(rewards: np.ndarray) -> np.ndarray:
     """Which rollouts have a positive advantage in their group, shape `(num_groups, num_generations)`; NaN has none."""
-    num_scored = np.maximum((~np.isnan(rewards)).sum(axis=1, keepdims=True), 1)
-    means = np.nansum(rewards, axis=1, keepdims=True) / num_scored
+    num_rewards = np.maximum((~np.isnan(rewards)).sum(axis=1, keepdims=True), 1)
+    means = np.nansum(rewards, axis=1, keepdims=True) / num_rewards
     # Equal rewards differ from their mean by rounding only.
     return np.asarray(rewards > means + 1e-6 * np.maximum(1.0, np.abs(means)))
 
@@ -142,7 +152,7 @@ def reward_std_buckets(rewards: np.ndarray) -> np.ndarray:
 
     Args:
         rewards (`np.ndarray`):
-            Rewards, shape `(num_groups, num_generations)`; NaN where no reward function scored.
+            Rewards, shape `(num_groups, num_generations)`; NaN where no reward function gave one.
 
     Returns:
         `np.ndarray`:
@@ -150,8 +160,8 @@ def reward_std_buckets(rewards: np.ndarray) -> np.ndarray:
             are equal.
     """
     rewards = np.where(np.isfinite(rewards), rewards, np.nan)
-    is_scored = ~np.isnan(rewards).all(axis=1)
+    has_reward = ~np.isnan(rewards).all(axis=1)
     stds = np.zeros(len(rewards))
-    stds[is_scored] = np.nanstd(rewards[is_scored], axis=1)
+    stds[has_reward] = np.nanstd(rewards[has_reward], axis=1)
     spread = max(float(stds.max() - stds.min()), 1e-8)
     return np.rint(rewards.shape[1] * (stds - stds.min()) / spread).astype(int)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ..batch import Batch
 
 Kind = TypeVar("Kind", bound="Strategy")
-_OPTIONAL = ("observe", "state_dict", "load_state_dict", "metrics", "requires_scores")
+_OPTIONAL = ("observe", "state_dict", "load_state_dict", "metrics", "requires_scores", "requires_success")
 
 
 class Strategy(ABC):
@@ -48,19 +48,7 @@ class Strategy(ABC):
 
 
 def as_strategy(kind: type[Kind], rule: Callable[..., Any]) -> Kind:
-    """
-    A strategy of that kind that follows a rule.
-
-    Args:
-        kind (`type`):
-            Kind of strategy, such as [`QuestionSampler`].
-        rule (`Callable`):
-            A strategy, which is returned as it is, or another callable with the arguments of the kind. What it has of
-            the other members of a strategy is used.
-
-    Raises:
-        TypeError: if the rule cannot be called.
-    """
+    """A strategy of that kind that follows a rule."""
     if isinstance(rule, kind):
         return rule
     if not callable(rule) or isinstance(rule, type):
@@ -77,22 +65,7 @@ def as_strategy(kind: type[Kind], rule: Callable[..., Any]) -> Kind:
 def make_strategy(
     kinds: Mapping[str, Callable[..., Kind]], field: str, name: str, parameters: Mapping[str, Any]
 ) -> Kind:
-    """
-    The built-in strategy of a name.
-
-    Args:
-        kinds (`Mapping[str, Callable]`):
-            Built-in strategies by name.
-        field (`str`):
-            Field of the configuration that holds the name, for the messages.
-        name (`str`):
-            Name of the strategy.
-        parameters (`Mapping[str, Any]`):
-            Arguments of the strategy.
-
-    Raises:
-        ValueError: if the name is unknown, or the strategy does not take the parameters.
-    """
+    """The built-in strategy of a name."""
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"{field}={name!r} is unknown. Choose one of {', '.join(map(repr, kinds))}.")
     try:

@@ -43,19 +43,7 @@ class Strategies:
         eviction: Callable[..., Any] | None = None,
         weighting: Callable[..., Any] | None = None,
     ) -> Strategies:
-        """
-        The given strategies, and those that the configuration names for the others.
-
-        Args:
-            args ([`ExGRPOConfig`]):
-                Configuration of the trainer.
-            question_sampler, completion_selector, admission, eviction, weighting (`Callable`, *optional*):
-                Strategies or plain functions.
-
-        Raises:
-            TypeError: if one of them cannot be called.
-            ValueError: if the configuration names an unknown strategy, or has parameters that it does not take.
-        """
+        """The given strategies, and those that the configuration names for the others."""
 
         chosen: tuple[tuple[type[Strategy], Callable[..., Any]], ...] = (
             (QuestionSampler, question_sampler or _named(QUESTION_SAMPLERS, "question_sampling", args)),

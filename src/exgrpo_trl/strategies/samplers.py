@@ -114,6 +114,25 @@ class RandomSampler(QuestionSampler):
         return _draw(buckets, rng.multivariate_hypergeometric(sizes, min(num_questions, sum(sizes))), rng)
 
 
+def check_drawn(drawn: Sequence[str], most: int, is_stored: Callable[[str], bool], source: str) -> None:
+    """
+    Check what was drawn.
+
+    Raises:
+        ValueError: if there are too many, repeated or unknown ids; says where they come from.
+    """
+    if len(drawn) > most:
+        raise ValueError(f"{source} returned {len(drawn)} questions, at most {most} were asked for.")
+    repeated = sorted({question_id for question_id in drawn if drawn.count(question_id) > 1})
+    if repeated:
+        raise ValueError(f"{source} returned {repeated} more than once. No question may come twice.")
+    for question_id in drawn:
+        if not is_stored(question_id):
+            raise ValueError(
+                f"{source} returned {question_id!r}, which has no stored completion. Return ids of stored questions."
+            )
+
+
 QUESTION_SAMPLERS: dict[str, type[QuestionSampler]] = {
     "gaussian": GaussianSampler,
     "uniform": UniformSampler,
