@@ -6,12 +6,28 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
-from .examples import dataset_question_ids
+from .config import ExGRPOConfig
+from .examples import dataset_question_ids, encode_example
 
 logger = logging.get_logger(__name__)
+
+
+def check_dataset(dataset: Any, args: ExGRPOConfig) -> None:
+    """Look for trouble while nothing is lost yet: rows that cannot be saved, ids that identify nothing."""
+    if isinstance(dataset, Dataset):
+        if len(dataset):
+            encode_example(dataset[0])
+        if args.question_id_column is not None:
+            dataset_question_ids(dataset, args.question_id_column)
+    elif args.drop_retired_questions and args.retire_solved:
+        logger.warning(
+            "drop_retired_questions has no effect on an iterable dataset: retired questions leave the buffer, but "
+            "still come up in the stream. Set drop_retired_questions=False to silence this."
+        )
 
 
 class DroppedQuestions:

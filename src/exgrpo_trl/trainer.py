@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
-from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .batch import Batch
@@ -30,18 +28,15 @@ from .compatibility import (
     check_wrapped,
 )
 from .config import ExGRPOConfig
-from .dataset import ActiveQuestionSampler, DroppedQuestions
-from .examples import dataset_question_ids, encode_example
+from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset
 from .processes import Processes
 from .replayer import Replayer
 from .rollouts import Rollouts, SingleTurnRollouts, VLLMRollouts
-from .rollouts.vllm import sampling_metrics
+from .rollouts.vllm import correct_fresh_only
 from .scoring import Prompted, Scores, evaluating, reshard, score_completions
 from .strategies import Strategies
 from .strategies.admission import success_rewards
 from .strategies.weighting import importance_log_ratio, mixed_advantages
-
-logger = logging.get_logger(__name__)
 
 
 def _signature(init: Callable[..., None]) -> inspect.Signature:
@@ -183,7 +178,7 @@ class ExGRPOTrainer(GRPOTrainer):
             self._rollouts = VLLMRollouts(
                 self.vllm_generation, self._processes, getattr(self, "vllm_tensor_parallel_size", 1)
             )
-        self._check_dataset()
+        check_dataset(self.train_dataset, args)
         self._processes.decide(
             "checking the experience buffer", lambda: self._check_buffer(buffer, "given to the trainer")
         )
@@ -220,7 +215,10 @@ class ExGRPOTrainer(GRPOTrainer):
         with batch.generating():
             output = super()._generate_and_score_completions(inputs)
             if batch.replays and "importance_sampling_ratio" in output:
-                self._leave_to_replay(batch, output)
+                by_sequence = self.vllm_importance_sampling_mode.startswith("sequence")
+                metrics = correct_fresh_only(output, batch, self.accelerator.gather, by_sequence=by_sequence)
+                for name, value in metrics.items():
+                    self._metrics["train"][name][-1] = value
             self.replayer.observe(output["completion_mask"])
             output |= batch.columns(output["completion_ids"])
             # Where TRL computed the log-probabilities at generation, the policy may move before a row is trained.
@@ -284,20 +282,6 @@ class ExGRPOTrainer(GRPOTrainer):
             )
         reshard(self.model)
         return scores
-
-    def _leave_to_replay(self, batch: Batch, output: dict[str, Any]) -> None:
-        """Keep TRL's correction for the distance between sampler and policy from stored completions."""
-        is_fresh = torch.ones(len(output["completion_ids"]), dtype=torch.bool, device=output["completion_ids"].device)
-        is_fresh[list(batch.stored)] = False
-        metrics = sampling_metrics(
-            output,
-            is_fresh,
-            self.accelerator.gather,
-            by_sequence=self.vllm_importance_sampling_mode.startswith("sequence"),
-        )
-        for name, value in metrics.items():
-            self._metrics["train"][name][-1] = value
-        output["importance_sampling_ratio"] = output["importance_sampling_ratio"].where(is_fresh.unsqueeze(1), 1.0)
 
     # Loss
 
@@ -377,19 +361,6 @@ class ExGRPOTrainer(GRPOTrainer):
         """Number of the epoch that begins or is resumed, and the rows that it leaves out."""
         epoch = int((self.state.epoch or 0.0) + 1e-6)
         return epoch, self.replayer.begin_epoch(epoch)
-
-    def _check_dataset(self) -> None:
-        """Look for trouble while nothing is lost yet: rows that cannot be saved, ids that identify nothing."""
-        if isinstance(self.train_dataset, Dataset):
-            if len(self.train_dataset):
-                encode_example(self.train_dataset[0])
-            if self.args.question_id_column is not None:
-                dataset_question_ids(self.train_dataset, self.args.question_id_column)
-        elif self.args.drop_retired_questions and self.args.retire_solved:
-            logger.warning(
-                "drop_retired_questions has no effect on an iterable dataset: retired questions leave the buffer, but "
-                "still come up in the stream. Set drop_retired_questions=False to silence this."
-            )
 
     # Checkpoints and logs
 

@@ -352,7 +352,14 @@ class ExperienceBuffer:
 
     def check_valid(self) -> tuple[bool, str]:
         """Whether all invariants hold, and the reason if not. Walks the whole buffer: for tests and loading."""
-        reason = next(violations(self), "")
+        found = violations(
+            self._store,
+            self._retired,
+            group_size=self._group_size,
+            capacity=self._capacity,
+            max_completions_per_question=self._max_per_question,
+        )
+        reason = next(found, "")
         return not reason, reason
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -372,7 +379,7 @@ class ExperienceBuffer:
         """One row per stored completion, see [`completions_to_dataset`]; retired questions are not in it."""
         from .tables import completions_to_dataset
 
-        return completions_to_dataset(self)
+        return completions_to_dataset(self.items())
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, *, group_size: int, **kwargs: Any) -> ExperienceBuffer:

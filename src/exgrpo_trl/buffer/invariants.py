@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
 
-if TYPE_CHECKING:
-    from .buffer import ExperienceBuffer
+from .store import Store
 
 
-def violations(buffer: ExperienceBuffer) -> Iterator[str]:
+def violations(
+    store: Store,
+    retired: Collection[str],
+    *,
+    group_size: int | None,
+    capacity: int | None,
+    max_completions_per_question: int | None,
+) -> Iterator[str]:
     """What is wrong inside a buffer, one sentence each; nothing in a valid one. Walks the whole buffer."""
-    store = buffer._store
     completions = tokens = 0
     for question_id, stored in store.questions.items():
         if question_id != stored.question.question_id:
             yield f"question {stored.question.question_id!r} is stored as {question_id!r}"
-        if question_id in buffer._retired:
+        if question_id in retired:
             yield f"question {question_id!r} is stored and retired"
         if question_id not in store.buckets.get(stored.bucket, ()):
             yield f"question {question_id!r} is not in its bucket {stored.bucket}"
         if not stored.completions:
             yield f"question {question_id!r} has no completion"
-        if len(stored.completions) > (buffer._max_per_question or len(stored.completions)):
+        if len(stored.completions) > (max_completions_per_question or len(stored.completions)):
             yield f"question {question_id!r} has {len(stored.completions)} completions"
         for token_bytes, experience in stored.completions.items():
             completions += 1
@@ -35,10 +39,10 @@ def violations(buffer: ExperienceBuffer) -> Iterator[str]:
         yield f"{store.num_completions} completions with {store.num_tokens} tokens are counted, there are " + (
             f"{completions} with {tokens}"
         )
-    if completions > (buffer._capacity or completions):
-        yield f"{completions} completions exceed the capacity of {buffer._capacity}"
+    if completions > (capacity or completions):
+        yield f"{completions} completions exceed the capacity of {capacity}"
     for bucket, ids in store.buckets.items():
-        if not ids or not 0 <= bucket <= (buffer._group_size or 0):
+        if not ids or not 0 <= bucket <= (group_size or 0):
             yield f"bucket {bucket} of {len(ids)} questions cannot be"
         if not ids.is_consistent():
             yield f"the positions in bucket {bucket} are wrong"

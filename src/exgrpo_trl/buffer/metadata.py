@@ -5,16 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import numpy as np
+from typing import Any, NoReturn
 
 from ..records import ExperienceBufferError
-
-if TYPE_CHECKING:
-    from .buffer import ExperienceBuffer
 
 SCHEMA_VERSION = 1
 METADATA_FILE = "metadata.json"
@@ -59,34 +54,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(metadata)
 
 
-def metadata_text(buffer: ExperienceBuffer, directory: Path) -> str:
-    """Text of the metadata of a buffer whose data files are written."""
-    if not isinstance(buffer.rng.bit_generator, np.random.PCG64):
-        raise TypeError(
-            f"`rng` of an experience buffer must use PCG64 to be saved, got {type(buffer.rng.bit_generator).__name__}."
-        )
+def metadata_text(of_buffer: Mapping[str, Any], directory: Path) -> str:
+    """Text of the metadata: what is said of the buffer, and the checksums of its data files, which are written."""
     metadata = {
         "checksum": "",
         "schema_version": SCHEMA_VERSION,
         "package_version": _package_version(),
         "files": {name: {"bytes": size, "sha256": digest} for name, size, digest in digests(directory)},
-        "counts": {
-            "questions": buffer.num_questions,
-            "completions": buffer.num_completions,
-            "tokens": buffer.num_tokens,
-            "retired": len(buffer.retired),
-            "evicted": buffer.num_evicted,
-            "duplicates": buffer.num_duplicates,
-        },
-        "settings": {
-            "group_size": buffer.group_size,
-            "capacity": buffer.capacity,
-            "max_completions_per_question": buffer.max_completions_per_question,
-            "retire_solved": buffer.retire_solved,
-        },
-        "rng": buffer.rng.bit_generator.state,
-        "provenance": buffer.provenance,
-        "replay_state": buffer.replay_state,
+        **of_buffer,
     }
     text = json.dumps(metadata, indent=2)
     return text.replace(_NO_CHECKSUM, f'"checksum": "{_sha256(text)}"', 1)

@@ -14,8 +14,6 @@ from ..records import MAX_LOG_PROBABILITY, MIN_LOG_PROBABILITY, Experience, Ques
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .buffer import ExperienceBuffer
-
 T = TypeVar("T")
 
 EXPERIENCE_SCHEMA = pa.schema(
@@ -103,7 +101,7 @@ def experiences_from_table(table: pa.Table | pa.RecordBatch) -> list[Experience]
     ]
 
 
-def completions_to_dataset(buffer: ExperienceBuffer) -> Dataset:
+def completions_to_dataset(items: Iterable[tuple[Question, int, Experience]]) -> Dataset:
     """
     Dataset of the stored completions, one per row.
 
@@ -112,14 +110,14 @@ def completions_to_dataset(buffer: ExperienceBuffer) -> Dataset:
     unknown). Rows go by bucket, question and age.
 
     Args:
-        buffer ([`ExperienceBuffer`]):
-            Buffer to convert. Its retired questions and counters are not part of the dataset.
+        items (`Iterable[tuple]`):
+            Question, bucket and completion of each row, see [`ExperienceBuffer.items`].
     """
     from datasets import Dataset
 
     rows = (
         ((question.question_id, encode_example(question.example), bucket), experience)
-        for question, bucket, experience in buffer.items()
+        for question, bucket, experience in items
     )
     batches = []
     for keys, experiences in in_batches(rows):

@@ -131,6 +131,21 @@ class _FreshFromEngine(_Fresh):
         return [by_row.get(row) or nothing for row in range(len(prompts))]
 
 
+def correct_fresh_only(
+    output: dict[str, Any],
+    batch: Batch,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    by_sequence: bool,
+) -> dict[str, float]:
+    """Keep TRL's correction for the distance between sampler and policy from stored rows; returns its metrics anew."""
+    is_fresh = torch.ones(batch.num_rows, dtype=torch.bool, device=output["completion_ids"].device)
+    is_fresh[list(batch.stored)] = False
+    metrics = sampling_metrics(output, is_fresh, gather, by_sequence=by_sequence)
+    output["importance_sampling_ratio"] = output["importance_sampling_ratio"].where(is_fresh.unsqueeze(1), 1.0)
+    return metrics
+
+
 def sampling_metrics(
     output: Mapping[str, torch.Tensor],
     is_fresh: torch.Tensor,

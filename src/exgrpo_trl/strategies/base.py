@@ -4,13 +4,46 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from ..batch import Batch
+import numpy as np
+
+from ..records import Experience, Question, Replay
 
 Kind = TypeVar("Kind", bound="Strategy")
 _OPTIONAL = ("observe", "state_dict", "load_state_dict", "metrics", "requires_scores", "requires_success")
+
+
+class CollectedBatch(Protocol):
+    """What a strategy may look at when a batch has been collected; [`Batch`] is one."""
+
+    @property
+    def replays(self) -> tuple[Replay, ...]:
+        """What was replayed."""
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the policy that generated the batch, in optimizer steps."""
+
+    @property
+    def is_fresh(self) -> np.ndarray:
+        """Which rollouts were generated, booleans of shape `(num_groups, group_size)`."""
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """Success rewards of that shape, NaN where no reward function gave one."""
+
+    @property
+    def is_correct(self) -> np.ndarray:
+        """Which of them reach the success threshold."""
+
+    @property
+    def questions(self) -> dict[int, Question]:
+        """On the main process: questions by group, of the groups that changed the buffer."""
+
+    @property
+    def experiences(self) -> dict[int, Experience]:
+        """On the main process: what was recorded, by row of the batch."""
 
 
 class Strategy(ABC):
@@ -25,15 +58,8 @@ class Strategy(ABC):
     def __call__(self, *args: Any) -> Any:
         """Act."""
 
-    def observe(self, batch: Batch) -> None:  # noqa: B027 - optional
-        """
-        Learn from a generation batch, once for each, after its successes have been collected.
-
-        Args:
-            batch ([`Batch`]):
-                The batch: `rewards` and `is_fresh` of shape `(num_groups, group_size)`, `replays`, `policy_version`,
-                and on the main process the `questions` and `experiences` that were collected.
-        """
+    def observe(self, batch: CollectedBatch) -> None:  # noqa: B027 - optional
+        """Learn from a generation batch, once for each, after its successes have been collected."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold; must survive JSON."""

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from .admission import ADMISSION_RULES, AdmissionRule
-from .base import Strategy, as_strategy, make_strategy
+from .base import CollectedBatch, Strategy, as_strategy, make_strategy
 from .eviction import EVICTION_RULES, EvictionRule
 from .samplers import QUESTION_SAMPLERS, QuestionSampler
 from .selectors import COMPLETION_SELECTORS, CompletionSelector
 from .weighting import REPLAY_WEIGHTINGS, ReplayWeighting
 
 if TYPE_CHECKING:
-    from ..batch import Batch
     from ..config import ExGRPOConfig
 
 logger = logging.get_logger(__name__)
@@ -62,7 +61,7 @@ class Strategies:
         yield "eviction", self.eviction
         yield "weighting", self.weighting
 
-    def observe(self, batch: Batch) -> None:
+    def observe(self, batch: CollectedBatch) -> None:
         """Show a collected batch to those that act on the main process alone: all but the weighting."""
         for name, strategy in self.items():
             if name != "weighting":
