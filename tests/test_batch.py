@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from exgrpo_trl import Admission, Experience, Question, question_id_of
-from exgrpo_trl.batch import Batch, Plan, Share, plan_rows
+from exgrpo_trl.batch import COLUMNS, Batch, Plan, Share, checksum, plan_rows
 from exgrpo_trl.records import Replay
 
 
@@ -54,13 +54,17 @@ def dataset_rows(*names):
     return [{"prompt": name, "answer": [name]} for name in names for _ in range(3)]
 
 
+def padded(token_ids, width=4):
+    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in token_ids])
+
+
 def admit(batch, is_worth_storing, mask=None):
     """Admit with all correct solved, and the number of successes as the bucket."""
     is_worth_storing = np.array(is_worth_storing, dtype=bool)
     counts = is_worth_storing.sum(axis=1)
-    batch.take_rewards(np.where(is_worth_storing, 1.0, 0.25).flatten(), 1.0)
+    rewards = np.where(is_worth_storing, 1.0, 0.25)
     admission = Admission(is_worth_storing, counts, counts, is_worth_storing.all(axis=1))
-    batch.admit(admission, torch.ones(6, 4) if mask is None else mask)
+    batch.admit(rewards, rewards == 1.0, admission, torch.ones(6, 4) if mask is None else mask)
 
 
 def test_every_process_knows_the_plan_and_its_own_positions():
@@ -99,8 +103,10 @@ def test_a_group_belongs_to_the_process_of_its_first_row():
 
 def test_columns_for_the_loss():
     _, second = two_processes()
-    columns = second.columns(torch.zeros(6, 4, dtype=torch.long))
-    assert columns["rollout_rows"].tolist() == [6, 7, 8, 9, 10, 11]
+    second.number, second.token_ids = 3, [[1], [4], [2, 3], [1], [1], [1]]
+    columns = second.columns(padded(second.token_ids))
+    assert set(columns) == set(COLUMNS)
+    assert columns["rollout_identity"][:, :3].tolist() == [[3, row, 2 if row == 8 else 1] for row in range(6, 12)]
     assert columns["is_replayed"].tolist() == [False, True, False, False, False, False]
     assert columns["behavior_per_token_logps"].tolist() == [[0] * 4, [-4, 0, 0, 0], *([[0] * 4] * 4)]
 
@@ -116,13 +122,13 @@ def test_what_is_recorded():
     logps = -torch.arange(24.0).reshape(6, 4)
     order = torch.tensor([4, 0, 1, 2, 3, 5])
     entropies = torch.full((6, 4), 7.0).scatter(1, torch.zeros(6, 1, dtype=torch.long), 1.0)
-    first.record(order, mask[order].bool(), logps[order], entropies[order])
+    first.record(order.tolist(), logps[order], entropies[order])
     assert sorted(first.experiences) == [0, 4]
     stored = first.experiences[4]
     assert stored.token_ids.tolist() == [14, 15]
     assert stored.behavior_per_token_logps.tolist() == [-16, -17]
     assert (stored.policy_version, stored.reward, stored.entropy) == (9, 1.0, 4.0)
-    first.record(order, mask[order].bool(), 2 * logps[order], entropies[order])
+    first.record(order.tolist(), 2 * logps[order], entropies[order])
     assert first.experiences[4] is stored, "the first forward is that of the generating policy"
 
 
@@ -134,8 +140,7 @@ def test_nothing_is_recorded_before_replay_has_started_or_once_collected():
     second.plan = Plan(0, True)
     second.is_collected = True
     for batch in (first, second):
-        rows = torch.arange(batch.first_row, batch.first_row + 6)
-        batch.record(rows, torch.ones(6, 1).bool(), -torch.ones(6, 1), torch.ones(6, 1))
+        batch.record(range(batch.first_row, batch.first_row + 6), -torch.ones(6, 1), torch.ones(6, 1))
         assert batch.experiences == {}
     assert first.concerns_buffer.tolist() == [True, False, False, False], "solved questions alone"
 
@@ -160,11 +165,48 @@ def test_what_all_processes_know_is_united():
         batch.place(dataset_rows(*names), "prompt")
         batch.token_ids = [[1]] * 6
         admit(batch, is_worth_storing)
-        rows = torch.arange(batch.first_row, batch.first_row + 6)
-        batch.record(rows, torch.ones(6, 1).bool(), -torch.ones(6, 1), torch.ones(6, 1))
+        batch.record(range(batch.first_row, batch.first_row + 6), -torch.ones(6, 1), torch.ones(6, 1))
     shares = [batch.share() for batch in (first, second)]
     assert shares[0] == Share({}, first.experiences), "group 1 had no success, group 0 is replayed"
     first.unite(shares)
     told = [(group, q.question_id, len(stored)) for group, q, stored in first.groups()]
     assert told == [(0, "old", 1), (2, "older", 0), (3, "d", 3)]
     assert sorted(first.experiences) == [0, 9, 10, 11]
+
+
+def test_what_came_back_is_compared_token_for_token():
+    first, _ = two_processes()  # a stored completion of tokens 1 and 2 at position 1
+    first.token_ids = [[10, 11], [1, 2], [12], [13], [14, 15], [16]]
+    first.check_tokens(padded(first.token_ids))
+    first.check_tokens(padded(first.token_ids, width=9))
+    for position, message in ((1, "row 1 holds other tokens than those"), (4, "row 4 holds other tokens than those")):
+        changed = padded(first.token_ids)
+        changed[position, 1] += 1
+        with pytest.raises(ValueError, match=message):
+            first.check_tokens(changed)
+    with pytest.raises(ValueError, match="5 rows came back and 6 were rewarded, of 6"):
+        first.check_tokens(padded(first.token_ids)[:5])
+    for other in ([1, 2, 3], [1], [2, 1]):
+        first.token_ids[1] = other
+        with pytest.raises(ValueError, match="row 1 holds other tokens than the stored completion"):
+            first.check_tokens(padded(first.token_ids))
+
+
+def test_checksums_tell_tokens_apart_and_not_padding():
+    rows = [[1, 2, 3], [1, 2], [2, 1], [1, 2, 0], [0], [0, 0], [3, 2, 1], [150_000, 1], [1, 150_000]]
+    lengths = torch.tensor([len(row) for row in rows])
+    sums = checksum(padded(rows), lengths)
+    assert len(set(sums.tolist())) == len(rows)
+    assert torch.equal(checksum(padded(rows, width=7), lengths), sums)
+    assert torch.equal(checksum(padded(rows, width=7) + (torch.arange(7) >= lengths[:, None]), lengths), sums)
+    assert checksum(padded(rows)[:, :2], lengths).tolist() == [
+        -1 if n > 2 else s for n, s in zip(lengths, sums.tolist(), strict=True)
+    ]
+
+
+def test_rewards_of_another_number_are_refused():
+    first, _ = two_processes()
+    first.take_rewards(torch.ones(12, 2), [[1]] * 6)
+    assert first.rewards_per_func.shape == (12, 2)
+    with pytest.raises(ValueError, match=r"shape \(6, 2\), of 12 rows"):
+        first.take_rewards(torch.ones(6, 2), [[1]] * 6)

@@ -9,6 +9,7 @@ from exgrpo_trl import Experience, Question
 from exgrpo_trl.batch import Batch, Plan
 from exgrpo_trl.metrics import ReplayMetrics, SuccessWatch, importance_ratio_metrics
 from exgrpo_trl.records import Replay
+from exgrpo_trl.success import SuccessRule
 
 
 def test_importance_ratio_metrics():
@@ -46,7 +47,7 @@ def batch_of(rewards, replayed=(), entropies=(), is_started=True):
         for row, entropy in zip(replayed, entropies, strict=True)
     )
     batch = Batch(Plan(9, is_started, replays), 0, rewards.size, *rewards.shape)
-    batch.take_rewards(rewards.flatten(), 1.0)
+    batch.rewards, batch.is_correct = rewards, rewards >= 1.0
     return batch
 
 
@@ -105,7 +106,7 @@ def warnings_of(monkeypatch):
 
 
 def test_a_warning_after_ten_batches_without_a_success(warnings_of):
-    watch = SuccessWatch(1.0, is_needed=True)
+    watch = SuccessWatch(SuccessRule(["right"], [1.0], 1.0, None), is_needed=True)
     for number in range(10):
         assert not warnings_of
         watch.observe(batch_of([[0.25, 0.5 + number / 100, float("nan")]]))
@@ -119,7 +120,7 @@ def test_a_warning_after_ten_batches_without_a_success(warnings_of):
 
 @pytest.mark.parametrize("is_needed", [True, False])
 def test_no_warning_after_a_success(warnings_of, is_needed):
-    watch = SuccessWatch(1.0, is_needed=is_needed)
+    watch = SuccessWatch(SuccessRule(["right"], [1.0], 1.0, None), is_needed=is_needed)
     watch.observe(batch_of([[1.0 if is_needed else 0.0, 0.0]]))
     for _ in range(20):
         watch.observe(batch_of([[0.0, 0.0]]))
@@ -128,7 +129,10 @@ def test_no_warning_after_a_success(warnings_of, is_needed):
 
 
 def test_a_watch_goes_on_where_it_was(warnings_of):
-    watch, resumed = SuccessWatch(1.0, is_needed=True), SuccessWatch(1.0, is_needed=True)
+    watch, resumed = (
+        SuccessWatch(SuccessRule(["right"], [1.0], 1.0, None), is_needed=True),
+        SuccessWatch(SuccessRule(["right"], [1.0], 1.0, None), is_needed=True),
+    )
     assert watch.state_dict()["best_reward"] is None
     watch.observe(batch_of([[0.5, 0.0]]))
     resumed.load_state_dict(watch.state_dict())

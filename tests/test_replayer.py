@@ -3,7 +3,6 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -13,6 +12,7 @@ from exgrpo_trl.dataset import DroppedQuestions
 from exgrpo_trl.processes import Processes
 from exgrpo_trl.replayer import Replayer
 from exgrpo_trl.strategies import Strategies
+from exgrpo_trl.success import SuccessRule
 
 K, NUM_GROUPS = 4, 4
 CPU = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
@@ -43,21 +43,26 @@ def make_replayer(buffer=None, score=None, rows=(), **options):
         Strategies.choose(args, **strategies),
         Processes(CPU),
         DroppedQuestions(Dataset.from_dict({"prompt": list(rows)}), None, min_rows=1),
+        SuccessRule(["right"], [1.0], 1.0, None),
         tokenize=lambda prompts: [[int(prompt[1:], 36), 99] for prompt in prompts],
         score=score or (lambda prompted: [(float(ids[1]), -float(ids[1])) for _, ids in prompted]),
     )
 
 
-def step(replayer, rewards, global_step=0, names="abcd"):
+def step(replayer, rewards, global_step=0, names="abcd", is_trained=True):
     """One batch: plan, place, reward, record, but collect; fresh completions are [row, step]."""
     batch = replayer.next_batch(K * NUM_GROUPS, global_step)
     batch.place([{"prompt": f"q{name}"} for name in names for _ in range(K)], "prompt")
-    with batch.generating():
-        batch.token_ids = [[100 + row, 200 + global_step] for row in range(K * NUM_GROUPS)]
-        batch.take_rewards(np.array(rewards, dtype=float).flatten(), 1.0)
-        mask = torch.ones(K * NUM_GROUPS, 2)
-        replayer.observe(mask)
-    batch.record(torch.arange(K * NUM_GROUPS), mask.bool(), -mask, mask)
+    token_ids = [[100 + row, 200 + global_step] for row in range(K * NUM_GROUPS)]
+    batch.take_rewards(torch.tensor(rewards, dtype=torch.float32).reshape(-1, 1), token_ids)
+    completion_ids, mask = torch.tensor(token_ids), torch.ones(K * NUM_GROUPS, 2)
+    replayer.observe(batch, mask)
+    if is_trained:
+        ((trained, positions, rows),) = replayer.trained_rows(
+            {"completion_ids": completion_ids, **batch.columns(completion_ids)}
+        )
+        assert trained is batch
+        batch.record(rows, -mask[positions], mask[positions])
     return batch
 
 
@@ -160,7 +165,7 @@ def test_the_state_survives_json_and_decides_what_comes_next():
 def test_state_of_a_version_without_strategies():
     replayer = make_replayer()
     state = replayer.state_dict()
-    del state["state_version"], state["strategies"]
+    del state["state_version"], state["strategies"], state["success_rule"]
     state["replayer"]["tokens_saved"] = 77
     replayer.load_state_dict(json.loads(json.dumps(state)))
     assert replayer.metrics.tokens_saved == 77
@@ -221,3 +226,64 @@ def test_a_batch_is_collected_before_an_epoch_begins():
     step(replayer, [[1, 1, 1, 1]] + [[0, 0, 0, 0]] * 3)
     replayer.begin_epoch(0)
     assert list(replayer.buffer.retired) == ["qa"]
+
+
+def test_of_several_batches_the_one_that_is_trained_is_collected():
+    replayer = make_replayer(filled_buffer(0))
+    rejected = step(replayer, ONE_EACH, names="1234", is_trained=False)
+    chosen = step(replayer, ONE_EACH, names="abcd")
+    late = step(replayer, ONE_EACH, names="5678", is_trained=False)
+    replayer.next_batch(K * NUM_GROUPS, 1)
+    assert [batch.is_collected for batch in (rejected, chosen, late)] == [False, True, False]
+    assert set(replayer.buffer.buckets()[1]) == {"qa", "qb", "qc", "qd"}
+    replayer.next_batch(K * NUM_GROUPS, 1)
+    replayer.collect()
+    assert replayer.buffer.num_completions == 4
+
+
+def test_rows_of_two_batches_may_be_trained_together():
+    replayer = make_replayer(filled_buffer(0))
+    batches = [step(replayer, ONE_EACH, names=names, is_trained=False) for names in ("abcd", "efgh")]
+    ids = [torch.tensor(batch.token_ids) for batch in batches]
+    columns = [batch.columns(of_batch) for batch, of_batch in zip(batches, ids, strict=True)]
+    mixed = {name: torch.cat([columns[0][name][:8], columns[1][name][8:]]) for name in columns[0]}
+    mixed["completion_ids"] = torch.cat([ids[0][:8], ids[1][8:]])
+    trained = replayer.trained_rows(mixed)
+    assert [(batch, positions[0], rows[0]) for batch, positions, rows in trained] == [
+        (batches[0], 0, 0), (batches[1], 8, 8),
+    ]  # fmt: skip
+    for batch, positions, rows in trained:
+        batch.record(rows, -torch.ones(16, 2)[positions], torch.ones(16, 2)[positions])
+    replayer.collect()
+    assert sorted(replayer.buffer.buckets()[1]) == ["qa", "qb", "qg", "qh"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda inputs: inputs.pop("rollout_identity"), r"\['rollout_identity'\] are missing"),
+        (lambda inputs: inputs["completion_ids"].__setitem__((3, 1), 7), "row 3 holds other tokens in the loss"),
+        (
+            lambda inputs: inputs.update(completion_ids=inputs["completion_ids"][:5]),
+            "5 completions have the identity of 16",
+        ),
+        (lambda inputs: inputs.update(completion_ids=inputs["completion_ids"][:, :1]), "row 0 holds other tokens"),
+    ],
+)
+def test_rows_that_were_changed_before_the_loss(change, message):
+    replayer = make_replayer(filled_buffer(0))
+    batch = step(replayer, ONE_EACH, is_trained=False)
+    inputs = {"completion_ids": torch.tensor(batch.token_ids)}
+    inputs |= batch.columns(inputs["completion_ids"])
+    change(inputs)
+    with pytest.raises(ValueError, match=message):
+        replayer.trained_rows(inputs)
+    assert not batch.is_trained
+
+
+def test_a_replayed_completion_without_a_verdict_stays():
+    replayer = make_replayer(filled_buffer(2, completions=1))
+    batch = step(replayer, [[float("nan")] * K] * NUM_GROUPS)
+    assert len(batch.replays) == 2
+    replayer.collect()
+    assert replayer.buffer.num_completions == 2

@@ -13,7 +13,10 @@ import torch
 
 from .examples import question_of_row, stored_row
 from .records import Experience, Question, Replay
-from .strategies.admission import Admission, reaches
+from .strategies.admission import Admission
+
+# What travels with the rows of a batch to their loss, and not to TRL's.
+COLUMNS = ("behavior_per_token_logps", "is_replayed", "rollout_identity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +66,22 @@ class Batch:
             Groups of the whole batch.
         group_size (`int`):
             Rows of a group.
+        number (`int`, *optional*, defaults to `0`):
+            What identifies the batch among all of the run; travels with its rows.
+        global_step (`int`, *optional*, defaults to `0`):
+            Optimizer steps of this run before it.
 
     Attributes:
         questions (`dict[int, Question]`):
             Questions by group: those of the fresh groups whose first row belongs to this process; once collected, on
             the main process, those of all groups that concern the buffer.
         token_ids (`list[list[int]]`):
-            Completion token ids by position.
+            Completion token ids by position, as the reward functions saw them.
         without_logps (`set[int]`):
             Positions whose completion came without log-probabilities from what sampled it.
+        rewards_per_func (`np.ndarray` or `None`):
+            What each reward function gave, shape `(num_groups * group_size, num_reward_funcs)`, NaN for no opinion;
+            `None` until it is known.
         rewards (`np.ndarray`):
             Success rewards of shape `(num_groups, group_size)`, NaN where no reward function gave one.
         is_correct (`np.ndarray`):
@@ -84,12 +94,13 @@ class Batch:
             Whether the batch is being generated and scored right now.
         is_admitted (`bool`):
             Whether rewards are known, and what may enter the buffer is decided.
+        is_trained (`bool`):
+            Whether a row of this process has been trained. A batch that never is, is not collected: several may be
+            generated for one that is trained.
         is_collected (`bool`):
             Whether the successes are in the buffer: nothing more is recorded. The batch may still be trained.
         forwards (`list[tuple[torch.Tensor, torch.Tensor]]`):
             Log-probabilities and entropies of each forward of the policy meanwhile.
-        micro_batch (`dict[str, Any]` or `None`):
-            Inputs of the loss that is being computed, until their forward has been seen.
     """
 
     plan: Plan
@@ -97,18 +108,21 @@ class Batch:
     num_rows: int
     num_groups: int
     group_size: int
+    number: int = 0
+    global_step: int = 0
     questions: dict[int, Question] = field(default_factory=dict)
     token_ids: list[list[int]] = field(default_factory=list)
     without_logps: set[int] = field(default_factory=set)
+    rewards_per_func: np.ndarray | None = None
     rewards: np.ndarray = field(init=False)
     is_correct: np.ndarray = field(init=False)
     admission: Admission = field(init=False)
     experiences: dict[int, Experience] = field(default_factory=dict)
     is_generating: bool = False
     is_admitted: bool = False
+    is_trained: bool = False
     is_collected: bool = False
     forwards: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    micro_batch: dict[str, Any] | None = None
     _storable: frozenset[int] = frozenset()
 
     # What is planned
@@ -183,29 +197,42 @@ class Batch:
             self.is_generating = False
             self.forwards = []
 
-    def take_rewards(self, rewards: np.ndarray, success_threshold: float) -> None:
+    def take_rewards(self, rewards_per_func: torch.Tensor, token_ids: list[list[int]]) -> None:
         """
-        Take the success rewards of all rollouts.
+        Take what the reward functions gave, and the completions that they saw.
+
+        Args:
+            rewards_per_func (`torch.Tensor`):
+                Rewards of the whole batch, shape `(num_groups * group_size, num_reward_funcs)`, NaN for no opinion.
+            token_ids (`list[list[int]]`):
+                Completion token ids by position.
+
+        Raises:
+            `ValueError`:
+                When there are not as many rewards as rows.
+        """
+        num_rows = self.num_groups * self.group_size
+        if rewards_per_func.ndim != 2 or len(rewards_per_func) != num_rows:
+            raise ValueError(f"rewards have the shape {tuple(rewards_per_func.shape)}, of {num_rows} rows in all")
+        self.rewards_per_func, self.token_ids = rewards_per_func.double().cpu().numpy(), token_ids
+
+    def admit(
+        self, rewards: np.ndarray, is_correct: np.ndarray, admission: Admission, completion_mask: torch.Tensor
+    ) -> None:
+        """
+        Take the decision on what is a success, and what may enter the buffer.
 
         Args:
             rewards (`np.ndarray`):
-                Shape `(num_groups * group_size,)`, NaN where no reward function gave one.
-            success_threshold (`float`):
-                Reward from which a rollout is correct.
-        """
-        self.rewards = rewards.reshape(self.num_groups, self.group_size)
-        self.is_correct = reaches(self.rewards, success_threshold)
-
-    def admit(self, admission: Admission, completion_mask: torch.Tensor) -> None:
-        """
-        Take the decision on what may enter the buffer.
-
-        Args:
+                Success rewards, shape `(num_groups, group_size)`, NaN where no reward function gave one.
+            is_correct (`np.ndarray`):
+                Which rollouts are successes, same shape.
             admission ([`Admission`]):
-                The decision.
+                What may enter the buffer.
             completion_mask (`torch.Tensor`):
                 Tokens of this process that are trained, shape `(num_rows, T)`; truncated completions may have none.
         """
+        self.rewards, self.is_correct = rewards, is_correct
         self.admission, self.is_admitted = admission, True
         is_storable = (admission.is_worth_storing & np.isfinite(self.rewards)).flat
         has_loss = completion_mask.any(-1).tolist()
@@ -216,73 +243,100 @@ class Batch:
             if position not in self.stored and position not in self.without_logps
         )
 
-    def columns(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    def check_tokens(self, completion_ids: torch.Tensor) -> None:
+        """
+        Compare what came back with what was put in, token for token, before anything of it is trained or recorded.
+
+        Args:
+            completion_ids (`torch.Tensor`):
+                Completion ids with padding, shape `(num_rows, T)`.
+
+        Raises:
+            `ValueError`:
+                When a stored row holds other tokens than the stored completion, or a row others than were rewarded.
+        """
+        if len(completion_ids) != self.num_rows or len(self.token_ids) != self.num_rows:
+            raise ValueError(
+                f"{len(completion_ids)} rows came back and {len(self.token_ids)} were rewarded, of {self.num_rows}"
+            )
+        padded = completion_ids.cpu().numpy()
+        for position, ids in enumerate(self.token_ids):
+            row = self.first_row + position
+            if position in self.stored and not np.array_equal(self.stored[position].token_ids, ids):
+                raise ValueError(f"row {row} holds other tokens than the stored completion that was put there")
+            if not np.array_equal(padded[position, : len(ids)], ids):
+                raise ValueError(f"row {row} holds other tokens than those that were rewarded")
+
+    def columns(self, completion_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         What the loss of every row will need; travels through TRL's shuffle with the other columns.
 
         Args:
-            like (`torch.Tensor`):
+            completion_ids (`torch.Tensor`):
                 Completion ids with padding, shape `(num_rows, T)`.
 
         Returns:
             `dict[str, torch.Tensor]`:
-                `behavior_per_token_logps` of shape `(num_rows, T)`, 0 in fresh rows and on padding; `is_replayed` and
-                `rollout_rows` of shape `(num_rows,)`.
+                `behavior_per_token_logps` of shape `(num_rows, T)`, 0 in fresh rows and on padding; `is_replayed` of
+                shape `(num_rows,)`; `rollout_identity` of shape `(num_rows, 4)`: number of the batch, row, number of
+                tokens, and their checksum.
         """
-        behavior_logps = torch.zeros(like.shape, dtype=torch.float32)
-        is_replayed = torch.zeros(len(like), dtype=torch.bool)
+        device = completion_ids.device
+        behavior_logps = torch.zeros(completion_ids.shape, dtype=torch.float32)
+        is_replayed = torch.zeros(self.num_rows, dtype=torch.bool)
         for position, experience in self.stored.items():
             behavior_logps[position, : experience.num_tokens] = torch.tensor(experience.behavior_per_token_logps)
             is_replayed[position] = True
+        lengths = torch.tensor([len(ids) for ids in self.token_ids], device=device)
+        rows = torch.arange(self.first_row, self.first_row + self.num_rows, device=device)
+        numbers = torch.full_like(rows, self.number)
         return {
-            "behavior_per_token_logps": behavior_logps.to(like.device),
-            "is_replayed": is_replayed.to(like.device),
-            "rollout_rows": torch.arange(self.first_row, self.first_row + len(like), device=like.device),
+            "behavior_per_token_logps": behavior_logps.to(device),
+            "is_replayed": is_replayed.to(device),
+            "rollout_identity": torch.stack([numbers, rows, lengths, checksum(completion_ids, lengths)], dim=1),
         }
 
-    def entropies_of(self, logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def entropies_of(self, logps: torch.Tensor, is_own: torch.Tensor) -> torch.Tensor:
         """
         Entropies of the forward that gave these log-probabilities while the batch was scored; NaN if none did.
 
         Args:
             logps (`torch.Tensor`):
                 Log-probabilities of shape `(num_rows, T)`.
-            mask (`torch.Tensor`):
+            is_own (`torch.Tensor`):
                 Completion tokens, same shape.
         """
         # By value: TRL may have copied them.
         for of_forward, entropies in self.forwards:
-            if of_forward.shape == logps.shape and torch.equal(of_forward[mask], logps[mask]):
+            if of_forward.shape == logps.shape and torch.equal(of_forward[is_own], logps[is_own]):
                 return entropies
         return torch.full_like(logps, torch.nan)
 
-    def record(self, rows: torch.Tensor, mask: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor) -> None:
+    def record(self, rows: Sequence[int], logps: torch.Tensor, entropies: torch.Tensor) -> None:
         """
         Record what the policy that generated them says of the rows to be stored, once for each row.
 
         Args:
-            rows (`torch.Tensor`):
-                Rows of the batch, shape `(B,)`.
-            mask (`torch.Tensor`):
-                Completion tokens, boolean, shape `(B, T)`.
+            rows (`Sequence[int]`):
+                Rows of the batch.
             logps, entropies (`torch.Tensor`):
-                Log-probabilities and entropies in nats, shape `(B, T)`.
+                Their log-probabilities and entropies in nats, shape `(len(rows), T)`; padding may be anything.
         """
-        numbers = rows.tolist()
-        wanted = [i for i, row in enumerate(numbers) if row in self._storable and row not in self.experiences]
+        wanted = [i for i, row in enumerate(rows) if row in self._storable and row not in self.experiences]
         if not wanted or self.is_collected:
             return
+        ids = [self.token_ids[rows[i] - self.first_row] for i in wanted]
+        lengths = torch.tensor([len(of_row) for of_row in ids], device=logps.device)
+        is_own = torch.arange(logps.size(1), device=logps.device) < lengths.unsqueeze(1)
+        means = torch.where(is_own, entropies[wanted].detach().float(), 0.0).sum(-1) / lengths
         # All of them at once: every transfer waits for the device.
-        is_own = mask[wanted]
-        means = torch.where(is_own, entropies[wanted].detach().float(), 0.0).sum(-1) / is_own.sum(-1)
-        of_rows = zip(wanted, logps[wanted].detach().float().cpu().numpy(), is_own.cpu().numpy(), strict=True)
-        for (i, row_logps, own), entropy in zip(of_rows, means.tolist(), strict=True):
-            row = numbers[i]
-            self.experiences[row] = Experience.create(
-                self.token_ids[row - self.first_row],
-                row_logps[own],
+        recorded = zip(wanted, ids, logps[wanted].detach().float().cpu().numpy(), means.tolist(), strict=True)
+        for i, of_row, row_logps, entropy in recorded:
+            self.experiences[rows[i]] = Experience.create(
+                of_row,
+                row_logps[: len(of_row)],
                 policy_version=self.policy_version,
-                reward=float(self.rewards.flat[row]),
+                reward=float(self.rewards.flat[rows[i]]),
                 entropy=entropy,
             )
 
@@ -340,3 +394,25 @@ def plan_rows(num_groups: int, group_size: int, num_replayed: int, rng: np.rando
     num_rows = num_groups * group_size
     start = int(rng.integers(num_rows))
     return [(i * num_rows + start) // num_replayed for i in range(num_replayed)]
+
+
+def checksum(completion_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """
+    Numbers that differ where tokens differ, whatever the padding.
+
+    Args:
+        completion_ids (`torch.Tensor`):
+            Completion ids with padding, shape `(B, T)`.
+        lengths (`torch.Tensor`):
+            Number of tokens of each row, shape `(B,)`.
+
+    Returns:
+        `torch.Tensor`:
+            Integers of shape `(B,)`; -1 where there are fewer columns than tokens.
+    """
+    positions = torch.arange(completion_ids.size(1), device=completion_ids.device)
+    # Powers of an odd number modulo 2^64.
+    weights = torch.full_like(positions, 6364136223846793005).cumprod(0)
+    is_own = positions < lengths.unsqueeze(1)
+    sums = torch.where(is_own, (completion_ids + 1) * weights, 0).sum(1)
+    return torch.where(lengths <= completion_ids.size(1), sums, -1)

@@ -1,7 +1,9 @@
 """What replay cannot do yet, or cannot do with the installed TRL: refused at construction, with the way out."""
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import trl
@@ -25,13 +27,17 @@ _HOOKS = {
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep"),
     "_tokenize_prompts": ("prompts",),
     "_log_completion_extra": ("column", "values"),
-    "compute_loss": ("model", "inputs"),
+    "training_step": ("model", "inputs"),
+    "_compute_loss": ("model", "inputs"),
     "_get_train_sampler": (),
     "_save_checkpoint": ("model", "trial"),
     "_save_rng_state": ("output_dir",),
     "train": ("resume_from_checkpoint",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
 }
+# Methods in which a subclass may change what replay relies on: rows while they are generated, and their loss.
+GENERATING = ("_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards")
+LOSS = ("training_step", "_prepare_inputs", "compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
 # One copy of the model per process.
 _COPIES = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -49,6 +55,45 @@ def check_hooks(trainer_class: type = GRPOTrainer) -> None:
                 f"exgrpo-trl relies on {what} of {trainer_class.__name__}, which trl {trl.__version__} does not have. "
                 "Upgrade exgrpo-trl, or install a TRL release that it supports (see its README)."
             )
+
+
+@contextmanager
+def wrapped(trainer: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, `around(method, ...)` is called in place of a method, that of a subclass included."""
+    own = vars(trainer).get(name)
+    setattr(trainer, name, functools.partial(around, getattr(trainer, name)))
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(trainer, name)
+        else:
+            setattr(trainer, name, own)
+
+
+def overridden(trainer: Any, names: Iterable[str]) -> str:
+    """The first of these methods that a subclass of ours overrides, to be named in a message; else TRL."""
+    for owner in type(trainer).__mro__:
+        if owner.__module__.startswith("exgrpo_trl."):
+            break
+        for name in names:
+            if name in vars(owner):
+                return f"{owner.__name__}.{name}"
+    return f"trl {trl.__version__}"
+
+
+@contextmanager
+def naming_overrides(trainer: Any, names: Iterable[str]) -> Iterator[None]:
+    """Turn a ValueError of the block into an error that names the override which must be the cause."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError(
+            f"{overridden(trainer, names)} has changed what replay put into a generation batch: {error}. Leave the "
+            "rows of stored completions (trainer.replayer.batch.stored) as they are, return every row with all of its "
+            "columns, and change completions before they are rewarded; or set replay_fraction=0 to train without "
+            "replay."
+        ) from error
 
 
 def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
@@ -108,17 +153,12 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
     _check_columns(arguments.get("train_dataset"))
 
 
-def check_processing_class(processing_class: Any, success_reward: str | None, reward_names: list[str]) -> None:
-    """Refuse vision-language processors and reward names that do not exist, once TRL has resolved them."""
+def check_processing_class(processing_class: Any) -> None:
+    """Refuse vision-language processors, once TRL has resolved them."""
     if isinstance(processing_class, ProcessorMixin):
         raise NotImplementedError(
             f"Replay does not support vision-language models ({type(processing_class).__name__}): images are not "
             "stored. Train a text model, or set replay_fraction=0."
-        )
-    if success_reward is not None and success_reward not in reward_names:
-        raise ValueError(
-            f"success_reward={success_reward!r} is not a reward function of this trainer, which has {reward_names}. "
-            "Name one of these, or use None for the weighted sum."
         )
 
 

@@ -60,7 +60,9 @@ class ExGRPOConfig(GRPOConfig):
         success_threshold (`float`, *optional*, defaults to `1.0`):
             A completion is correct when its success reward is at least this value.
         success_reward (`str` or `None`, *optional*, defaults to `None`):
-            Name of the reward function that decides correctness. `None` uses the weighted sum of all of them.
+            Name of the reward function that decides correctness, or `"weighted_sum"`. `None` uses the only one or,
+            of several, all that gave an opinion (None is none): each of them has to reach the threshold, so that the
+            right form of a wrong answer is no success.
         difficulty (`str`, *optional*, defaults to `"success_rate"`):
             What the bucket of a question measures: `"success_rate"` (correct completions in its latest group) or
             `"reward_std"` (spread of its rewards, for continuous rewards; completions with positive advantage are
@@ -154,7 +156,10 @@ class ExGRPOConfig(GRPOConfig):
     )
     success_reward: str | None = field(
         default=None,
-        metadata={"help": "Name of the reward function that decides correctness. None: the weighted sum."},
+        metadata={
+            "help": "Name of the reward function that decides correctness, or 'weighted_sum'. None: each of them "
+            "that gives an opinion."
+        },
     )
     difficulty: str = field(
         default="success_rate",

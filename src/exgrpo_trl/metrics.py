@@ -8,6 +8,7 @@ import numpy as np
 from transformers.utils import logging
 
 from .batch import Batch
+from .success import SuccessRule
 
 logger = logging.get_logger(__name__)
 
@@ -129,8 +130,8 @@ class ReplayMetrics:
 class SuccessWatch:
     """Warns once where no completion of many batches counts as correct."""
 
-    def __init__(self, success_threshold: float, *, is_needed: bool) -> None:
-        self.success_threshold = success_threshold
+    def __init__(self, rule: SuccessRule, *, is_needed: bool) -> None:
+        self.rule = rule
         self.best_reward = -np.inf
         # None once a success was seen or the warning given.
         self.num_batches_without_success: int | None = 0 if is_needed else None
@@ -152,10 +153,10 @@ class SuccessWatch:
         if not self.num_batches_without_success:
             return
         logger.warning(
-            f"No completion of {self.num_batches_without_success} generation batches reached "
-            f"success_threshold={self.success_threshold}, so nothing was stored or replayed. The best reward "
-            f"seen is {self.best_reward:g}. Lower success_threshold, or name the reward that decides in "
-            "success_reward; continuous rewards want difficulty='reward_std' with replay_start_pass_rate=None."
+            f"No completion of {self.num_batches_without_success} generation batches was a success, so nothing was "
+            f"stored or replayed. {self.rule.description} The best reward seen is {self.best_reward:g}. Lower "
+            f"success_threshold. {self.rule.way_out} Continuous rewards want difficulty='reward_std' with "
+            "replay_start_pass_rate=None."
         )
         self.num_batches_without_success = None
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
-from .batch import Batch, Plan, Share, plan_rows
+from .batch import COLUMNS, Batch, Plan, Share, checksum, plan_rows
 from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
@@ -18,7 +19,14 @@ from .processes import Processes
 from .records import Candidate, Experience, Replay
 from .scoring import Prompted, Scores, add_scores, score_candidates
 from .strategies import Strategies
+from .strategies.admission import Admission
 from .strategies.samplers import check_drawn
+from .success import SuccessRule
+
+logger = logging.get_logger(__name__)
+
+# A batch with positions in a micro-batch, and the rows of the batch that are there.
+TrainedRows = tuple[Batch, list[int], list[int]]
 
 # Of the state that a buffer keeps for the trainer. 1: without the strategies.
 _STATE_VERSION = 2
@@ -28,8 +36,10 @@ class Replayer:
     """
     Plans generation batches and collects their successes.
 
-    There is one batch at a time: to collect it is the first act of planning the next. All processes call each method
-    at the same point of the run. The main process decides; it alone has the buffer and the state of replay.
+    There is one batch at a time: to collect it is the first act of planning the next. Where a subclass generates
+    several to train one of them (dynamic sampling), all of them stay open until the next optimizer step, and those
+    with a row that was trained are collected. All processes call each method at the same point of the run. The main
+    process decides; it alone has the buffer and the state of replay.
 
     Args:
         buffer ([`ReplayBuffer`] or [`RemoteBuffer`]):
@@ -42,6 +52,8 @@ class Replayer:
             Processes of the run.
         dropped_questions ([`DroppedQuestions`]):
             Questions that leave the dataset.
+        success_rule ([`SuccessRule`]):
+            What counts as a success.
         tokenize (`Callable`):
             Maps prompts to their token ids.
         score (`Callable`):
@@ -49,7 +61,9 @@ class Replayer:
 
     Attributes:
         batch ([`Batch`] or `None`):
-            The batch that is being generated or trained, until the next one is planned; `None` before the first.
+            The batch that was planned last; `None` before the first.
+        num_losses (`int`):
+            Losses of training that replay has taken part in.
     """
 
     def __init__(
@@ -59,6 +73,7 @@ class Replayer:
         strategies: Strategies,
         processes: Processes,
         dropped_questions: DroppedQuestions,
+        success_rule: SuccessRule,
         *,
         tokenize: Callable[[list[Any]], list[list[int]]],
         score: Callable[[Sequence[Prompted]], list[Scores]],
@@ -67,16 +82,21 @@ class Replayer:
         self.strategies = strategies
         self.processes = processes
         self.dropped_questions = dropped_questions
+        self.success_rule = success_rule
         self.tokenize = tokenize
         self.score = score
         self.buffer = buffer
         self.batch: Batch | None = None
+        self.num_losses = 0
+        self.is_stopped = False
+        self._open: dict[int, Batch] = {}  # batches whose rows may still be trained, by number
+        self._num_planned = 0
         self.rng = np.random.default_rng([args.seed, 1])  # a stream apart from the buffer's
         self.metrics = ReplayMetrics()
         self.is_started = args.replay_start_pass_rate is None
         self._log_ratios: list[np.ndarray] = []  # of this process, since the last log line
         needs_success = strategies.admission.requires_success or not self.is_started
-        self.success_watch = SuccessWatch(args.success_threshold, is_needed=needs_success)
+        self.success_watch = SuccessWatch(success_rule, is_needed=needs_success)
         self._version_offset = 0
 
     @property
@@ -93,8 +113,20 @@ class Replayer:
     def begin_training(self) -> None:
         """Let policy versions go on above those in the buffer, so that no stored completion comes from the future."""
         self.collect()  # the batch of a run that was interrupted
-        self.batch = None
+        self._forget_batches()
+        self.is_stopped = False
         self.processes.decide("reading the experience buffer", self._begin_training)
+
+    def stop(self, reason: str) -> None:
+        """Replay nothing from now on, because training goes past it; an error where it has done so already."""
+        if self.batch is not None and self.batch.replays:
+            raise RuntimeError(reason)
+        if not self.is_stopped:
+            logger.warning(f"Replay is switched off for this run: {reason}")
+        self.is_stopped = True
+
+    def _forget_batches(self) -> None:
+        self.batch, self._open = None, {}
 
     def _begin_training(self) -> None:
         newest = max((experience.policy_version for _, _, experience in self.buffer.items()), default=-1)
@@ -122,6 +154,8 @@ class Replayer:
                 Optimizer steps of this run so far.
         """
         self.collect()
+        # Those that were not trained before the optimizer step never will be.
+        self._open = {n: batch for n, batch in self._open.items() if batch.global_step == global_step}
         start = time.perf_counter()
         candidates: dict[str, list[Candidate]] = {}
 
@@ -136,7 +170,7 @@ class Replayer:
 
         def choose() -> Plan:
             chosen = self._choose(add_scores(candidates, scores))
-            return Plan(self._version_offset + global_step, self.is_started, tuple(chosen))
+            return Plan(self._version_offset + global_step, self.is_started and not self.is_stopped, tuple(chosen))
 
         plan = self.processes.decide("choosing the completions to replay", choose)
         self.metrics.add_selection(
@@ -145,12 +179,15 @@ class Replayer:
             candidates_scored=len(to_score),
         )
         shape = self.args.num_groups, self.args.num_generations
-        self.batch = Batch(plan, self.processes.rank * num_rows, num_rows, *shape)
+        self._num_planned += 1
+        first_row = self.processes.rank * num_rows
+        self.batch = Batch(plan, first_row, num_rows, *shape, number=self._num_planned, global_step=global_step)
+        self._open[self.batch.number] = self.batch
         return self.batch
 
     def _draw(self, global_step: int) -> dict[str, list[Candidate]]:
         """Questions to replay with their candidates (method, section 3); none before the delayed start."""
-        if not self.is_started:
+        if not self.is_started or self.is_stopped:
             return {}
         if self.args.max_staleness is not None:
             self.buffer.evict_older_than(self._version_offset + global_step - self.args.max_staleness)
@@ -197,34 +234,77 @@ class Replayer:
             )
         return Replay(self.buffer.question(question_id), choices[index].experience, row, choices[index].entropy)
 
-    def observe(self, completion_mask: torch.Tensor) -> None:
+    def observe(self, batch: Batch, completion_mask: torch.Tensor) -> None:
         """
-        Take note of the rewards of the batch, and decide what of it may enter the buffer.
+        Decide what of a batch whose rewards are known is a success, and what may enter the buffer.
 
         Args:
+            batch ([`Batch`]):
+                The batch.
             completion_mask (`torch.Tensor`):
                 Completion tokens of this process that are trained, shape `(num_rows, T)`.
         """
-        batch = self.batch
-        assert batch is not None, "a batch is observed after it has been planned"
-        admission = self.processes.decide(
-            "deciding what to store",
-            lambda: self.strategies.admission(batch.rewards, batch.is_correct, batch.is_fresh),
-        )
-        batch.admit(admission, completion_mask)
-        self.metrics.add_batch(batch)
-        if self.processes.is_main:
-            self.success_watch.observe(batch)
+
+        def judge() -> tuple[np.ndarray, np.ndarray, Admission]:
+            assert batch.rewards_per_func is not None, "rewards come before they are judged"
+            shape = batch.num_groups, batch.group_size
+            rewards, is_correct = (of_rows.reshape(shape) for of_rows in self.success_rule(batch.rewards_per_func))
+            return rewards, is_correct, self.strategies.admission(rewards, is_correct, batch.is_fresh)
+
+        batch.admit(*self.processes.decide("deciding what to store", judge), completion_mask)
+
+    def trained_rows(self, inputs: Mapping[str, Any]) -> list[TrainedRows]:
+        """
+        Whose rows a micro-batch holds; takes note that they are trained.
+
+        Args:
+            inputs (`Mapping[str, Any]`):
+                Inputs of the loss.
+
+        Raises:
+            `ValueError`:
+                When a column is missing, or a row holds other tokens than when it was generated.
+        """
+        missing = [name for name in COLUMNS if name not in inputs]
+        if missing:
+            raise ValueError(f"the columns {missing} are missing from the inputs of the loss")
+        identity, completion_ids = inputs["rollout_identity"], inputs["completion_ids"]
+        if len(identity) != len(completion_ids):
+            raise ValueError(f"{len(completion_ids)} completions have the identity of {len(identity)}")
+        now = checksum(completion_ids, identity[:, 2])
+        found: dict[int, tuple[list[int], list[int]]] = {}
+        for position, (number, row, _, before, after) in enumerate(torch.cat([identity, now[:, None]], 1).tolist()):
+            if before != after:
+                raise ValueError(f"row {row} holds other tokens in the loss than when it was generated")
+            positions, rows = found.setdefault(number, ([], []))
+            positions.append(position)
+            rows.append(row)
+        trained = [(self._open[number], *places) for number, places in found.items() if number in self._open]
+        for batch, _, _ in trained:
+            if not batch.is_trained:
+                batch.is_trained = True
+                self.metrics.add_batch(batch)
+                if self.processes.is_main:
+                    self.success_watch.observe(batch)
+        return trained
 
     def collect(self) -> None:
         """
-        Bring the batch into the buffer (method, section 2), retire solved questions, start replay if due; once.
+        Bring what was trained into the buffer (method, section 2), retire solved questions, start replay if due; once.
 
         The comparison of the delayed start comes last: the batch that crosses the threshold is not collected.
         """
-        batch = self.batch
-        if batch is None or batch.is_collected or not batch.is_admitted:
-            return
+        pending = [batch for batch in self._open.values() if batch.is_admitted and not batch.is_collected]
+        if len(pending) > 1:  # processes may have trained different ones
+            numbers = self.processes.gather({batch.number for batch in pending if batch.is_trained})
+            trained = self.processes.decide("choosing the batch to collect", lambda: set().union(*numbers))
+        else:
+            trained = {batch.number for batch in pending if batch.is_trained}
+        for batch in pending:
+            if batch.number in trained:
+                self._collect_batch(batch)
+
+    def _collect_batch(self, batch: Batch) -> None:
         # Known to all, so that nothing is sent for nothing.
         shares = self.processes.gather(batch.share()) if batch.concerns_buffer.any() else []
         self.processes.decide("collecting completions", lambda: self._collect(batch, shares))
@@ -237,7 +317,7 @@ class Replayer:
         evicted = sum(
             self.buffer.evict(replay.question.question_id, replay.experience)
             for replay in batch.replays
-            if not admission.is_worth_storing.flat[replay.row]
+            if not admission.is_worth_storing.flat[replay.row] and not np.isnan(batch.rewards.flat[replay.row])
         )
         batch.unite(shares)
         for group, question, experiences in batch.groups():
@@ -298,7 +378,7 @@ class Replayer:
             load_buffer (`Callable`):
                 Loads the buffer. Called on the main process.
         """
-        self.batch = None
+        self._forget_batches()
 
         def load() -> Mapping[str, Any]:
             self.buffer = load_buffer()
@@ -326,6 +406,7 @@ class Replayer:
             },
             "dropped_questions": self.dropped_questions.state_dict(),
             "strategies": self.strategies.state_dict(),
+            "success_rule": self.success_rule.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -339,3 +420,4 @@ class Replayer:
         self.dropped_questions.load_state_dict(state["dropped_questions"])
         if state.get("state_version", 1) >= 2:
             self.strategies.load_state_dict(state["strategies"])
+            self.success_rule.load_state_dict(state["success_rule"])

@@ -1,5 +1,6 @@
 """[`ExGRPOTrainer`]: TRL's `GRPOTrainer` with experience replay. Calls TRL's methods, never repeats them."""
 
+import functools
 import inspect
 import os
 import textwrap
@@ -11,7 +12,7 @@ from accelerate.utils import gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from .batch import Batch
+from .batch import COLUMNS, Batch
 from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import (
     check_buffer,
@@ -21,22 +22,27 @@ from .checkpoints import (
     tokenizer_fingerprint,
 )
 from .compatibility import (
+    GENERATING,
+    LOSS,
     check_arguments,
     check_batch_size,
     check_processing_class,
     check_vllm,
     check_wrapped,
+    naming_overrides,
+    overridden,
+    wrapped,
 )
 from .config import ExGRPOConfig
 from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset
 from .processes import Processes
-from .replayer import Replayer
+from .replayer import Replayer, TrainedRows
 from .rollouts import Rollouts, SingleTurnRollouts, VLLMRollouts
 from .rollouts.vllm import correct_fresh_only
 from .scoring import Prompted, Scores, evaluating, reshard, score_completions
 from .strategies import Strategies
-from .strategies.admission import success_rewards
 from .strategies.weighting import importance_log_ratio, mixed_advantages
+from .success import SuccessRule
 
 
 def _signature(init: Callable[..., None]) -> inspect.Signature:
@@ -166,12 +172,18 @@ class ExGRPOTrainer(GRPOTrainer):
             strategies,
             self._processes,
             DroppedQuestions(self.train_dataset, args.question_id_column, args.num_groups),
+            SuccessRule(
+                self.reward_func_names,
+                self.reward_weights.tolist(),
+                args.success_threshold,
+                args.success_reward if self._is_replay_enabled else None,
+            ),
             tokenize=lambda prompts: self._tokenize_prompts(prompts)[0],
             score=self._score,
         )
         if not self._is_replay_enabled:
             return
-        check_processing_class(self.processing_class, args.success_reward, self.reward_func_names)
+        check_processing_class(self.processing_class)
         self._rollouts: Rollouts = SingleTurnRollouts()
         if self.use_vllm:
             check_vllm(self.vllm_generation, is_main=self.accelerator.is_main_process)
@@ -207,25 +219,35 @@ class ExGRPOTrainer(GRPOTrainer):
         return batch if batch is not None and batch.is_generating else None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self._is_replay_enabled or not self.model.training:
+        if not self._is_replay_enabled:
             return super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            with wrapped(self, "_calculate_rewards", self._mark_fresh):
+                return super()._generate_and_score_completions(inputs)
         batch = self.replayer.next_batch(len(inputs), self.state.global_step)
         with self._processes.together("preparing a batch"):
             inputs = batch.place(inputs, self.args.question_id_column)
-        with batch.generating():
+        # Around what TRL calls, so that overrides of a subclass are seen as TRL sees them.
+        with (
+            batch.generating(),
+            wrapped(self, "_calculate_rewards", functools.partial(self._take_rewards, batch)),
+            wrapped(self, "_get_per_token_logps_and_entropies", functools.partial(self._keep_forward, batch)),
+        ):
             output = super()._generate_and_score_completions(inputs)
+            with self._processes.together("checking what was generated"), naming_overrides(self, GENERATING):
+                batch.check_tokens(output["completion_ids"])
             if batch.replays and "importance_sampling_ratio" in output:
                 by_sequence = self.vllm_importance_sampling_mode.startswith("sequence")
                 metrics = correct_fresh_only(output, batch, self.accelerator.gather, by_sequence=by_sequence)
                 for name, value in metrics.items():
                     self._metrics["train"][name][-1] = value
-            self.replayer.observe(output["completion_mask"])
+            self.replayer.observe(batch, output["completion_mask"])
             output |= batch.columns(output["completion_ids"])
             # Where TRL computed the log-probabilities at generation, the policy may move before a row is trained.
             old_logps = output.get("old_per_token_logps")
             if old_logps is not None:
-                mask = output["completion_mask"].bool()
-                batch.record(output["rollout_rows"], mask, old_logps, batch.entropies_of(old_logps, mask))
+                entropies = batch.entropies_of(old_logps, output["completion_mask"].bool())
+                batch.record(range(batch.first_row, batch.first_row + batch.num_rows), old_logps, entropies)
             return output
 
     def _generate_single_turn(
@@ -235,6 +257,13 @@ class ExGRPOTrainer(GRPOTrainer):
         if batch is None:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
 
+        if len(prompt_ids) != batch.num_rows:
+            raise RuntimeError(
+                f"{overridden(self, GENERATING)} asks for {len(prompt_ids)} completions of a batch of "
+                f"{batch.num_rows} rows, so that stored completions cannot find theirs. Call the method of the "
+                "parent once with all rows, or set replay_fraction=0 to train without replay."
+            )
+
         def generate(prompt_ids: Any, multimodal_fields: Any) -> Any:
             return super(ExGRPOTrainer, self)._generate_single_turn(
                 prompt_ids, images, multimodal_fields, *args, **kwargs
@@ -242,33 +271,35 @@ class ExGRPOTrainer(GRPOTrainer):
 
         return self._rollouts(generate, prompt_ids, multimodal_fields, batch)
 
-    def _calculate_rewards(
-        self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
-    ) -> torch.Tensor:
-        if not self._is_replay_enabled:
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        batch = self._generated_batch
-        stored = {} if batch is None else batch.stored
-        self._log_completion_extra("replayed", [position in stored for position in range(len(prompts))])
+    def _take_rewards(self, batch: Batch, calculate: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Around `_calculate_rewards` while a batch is generated: its rewards, and its completions as they came."""
+        arguments = inspect.signature(GRPOTrainer._calculate_rewards).bind(self, *args, **kwargs).arguments
+        num_rows = len(arguments["prompts"])
+        self._log_completion_extra("replayed", [position in batch.stored for position in range(num_rows)])
         with self._processes.together("computing rewards"):
             try:
-                rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+                rewards = calculate(*args, **kwargs)
             except Exception:
                 if self._processes.count > 1:  # the others wait for this one in TRL's gather
-                    gather(torch.zeros(len(prompts), len(self.reward_funcs), device=self.accelerator.device))
+                    gather(torch.zeros(num_rows, len(self.reward_funcs), device=self.accelerator.device))
                 raise
-        if batch is not None:
-            decides = self.args.success_reward
-            batch.token_ids = completion_ids_list
-            batch.take_rewards(
-                success_rewards(
-                    rewards.double().cpu().numpy(),
-                    self.reward_weights.double().cpu().numpy(),
-                    None if decides is None else self.reward_func_names.index(decides),
-                ),
-                self.args.success_threshold,
-            )
+            with naming_overrides(self, ("_calculate_rewards",)):
+                batch.take_rewards(rewards, [list(ids) for ids in arguments["completion_ids_list"]])
         return rewards
+
+    def _mark_fresh(self, calculate: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Around `_calculate_rewards` in an evaluation: TRL's table of completions has the same columns as ever."""
+        arguments = inspect.signature(GRPOTrainer._calculate_rewards).bind(self, *args, **kwargs).arguments
+        self._log_completion_extra("replayed", [False] * len(arguments["prompts"]))
+        return calculate(*args, **kwargs)
+
+    def _keep_forward(self, batch: Batch, forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around a forward while a batch is generated: log-probabilities of the policy come with their entropies."""
+        if model is not self.model:
+            return forward(model, *args, **kwargs)
+        outputs = forward(model, *args, **kwargs | {"compute_entropy": True})
+        batch.forwards.append((outputs[0], outputs[1]))
+        return outputs
 
     def _score(self, prompted: Sequence[Prompted]) -> list[Scores]:
         def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> Any:
@@ -285,53 +316,64 @@ class ExGRPOTrainer(GRPOTrainer):
 
     # Loss
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if "rollout_rows" not in inputs:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        batch = self.replayer.batch
-        assert batch is not None, "rows of a batch are trained before the next one is planned"
-        check_wrapped(model, self.accelerator)
-        # A copy, because the same dict comes again when num_iterations > 1.
-        batch.micro_batch = dict(inputs)
-        try:
-            loss = super().compute_loss(model, batch.micro_batch, *args, **kwargs)
-            if "rollout_rows" in batch.micro_batch:
-                raise RuntimeError(
-                    "TRL computed a loss without the forward that replay relies on, so stored completions would train "
-                    "as if they were fresh. Please report this with your version of TRL."
-                )
-            return loss
-        finally:
-            batch.micro_batch = None
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._is_replay_enabled:
+            return super().training_step(model, inputs, *args, **kwargs)
+        before = self.replayer.num_losses
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.replayer.num_losses == before:
+            self.replayer.stop(
+                f"{overridden(self, LOSS)} computes a loss without GRPOTrainer._compute_loss, so stored completions "
+                "would train without their importance weight, and fresh ones could not be stored. Call the method of "
+                "the parent, or set replay_fraction=0 to train without replay."
+            )
+        return loss
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        batch = self.replayer.batch if self._is_replay_enabled else None
-        if batch is None:
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        is_of_generation = batch.is_generating and model is self.model
-        if is_of_generation:
-            kwargs["compute_entropy"] = True
-        outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if is_of_generation:
-            batch.forwards.append((outputs[0], outputs[1]))
-        if batch.micro_batch is not None:
-            self._on_training_forward(batch, batch.micro_batch, outputs[0], outputs[1])
-        return outputs
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        if not self._is_replay_enabled or not self.model.training:
+            return super()._compute_loss(model, inputs)
+        check_wrapped(model, self.accelerator)
+        with naming_overrides(self, (*GENERATING, *LOSS)):
+            batches = self.replayer.trained_rows(inputs)
+        # A copy, because the same dict comes again when num_iterations > 1.
+        shown = {name: value for name, value in inputs.items() if name not in COLUMNS}
+        is_seen = False
+
+        def around(forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal is_seen
+            outputs = forward(model, *args, **kwargs | {"compute_entropy": True})
+            is_seen = True
+            self._on_training_forward(batches, inputs, shown, outputs[0], outputs[1])
+            return outputs
+
+        with wrapped(self, "_get_per_token_logps_and_entropies", around):
+            loss = super()._compute_loss(model, shown)
+        if not is_seen:
+            raise RuntimeError(
+                "TRL computed a loss without the forward that replay relies on, so stored completions would train "
+                "as if they were fresh. Please report this with your version of TRL."
+            )
+        self.replayer.num_losses += 1
+        return loss
 
     def _on_training_forward(
-        self, batch: Batch, inputs: dict[str, Any], per_token_logps: torch.Tensor, entropies: torch.Tensor
+        self,
+        batches: list[TrainedRows],
+        inputs: dict[str, Any],
+        shown: dict[str, Any],
+        per_token_logps: torch.Tensor,
+        entropies: torch.Tensor,
     ) -> None:
         """Record the behaviour policy of fresh rows, and weight the replayed ones, before TRL computes its loss."""
-        rows, mask = inputs.pop("rollout_rows"), inputs["completion_mask"].bool()
-        batch.record(rows, mask, per_token_logps, entropies)  # what was not recorded at generation
-        is_replayed = inputs.pop("is_replayed")
-        stored_logps = inputs.pop("behavior_per_token_logps")
+        for batch, positions, rows in batches:
+            batch.record(rows, per_token_logps[positions], entropies[positions])  # what was not recorded at generation
+        is_replayed, mask = inputs["is_replayed"], inputs["completion_mask"].bool()
         if not is_replayed.any():
             return
         # VESPO's weight is its own, per token; TRL ignores the level there.
         level = "token" if self.loss_type == "vespo" else self.importance_sampling_level
-        log_ratio = importance_log_ratio(per_token_logps, stored_logps, mask, level)
-        inputs["advantages"] = mixed_advantages(
+        log_ratio = importance_log_ratio(per_token_logps, inputs["behavior_per_token_logps"], mask, level)
+        shown["advantages"] = mixed_advantages(
             inputs["advantages"],
             log_ratio,
             is_replayed,
@@ -341,13 +383,13 @@ class ExGRPOTrainer(GRPOTrainer):
         )
         # With its graph: the ratio of a replayed row is 1 and has no gradient of its own.
         old_logps = inputs.get("old_per_token_logps", per_token_logps.detach())
-        inputs["old_per_token_logps"] = torch.where(is_replayed.unsqueeze(1), per_token_logps, old_logps)
+        shown["old_per_token_logps"] = torch.where(is_replayed.unsqueeze(1), per_token_logps, old_logps)
         if "sampling_per_token_logps" in inputs:  # nor is it off-policy to TRL, whatever sampled it
-            inputs["sampling_per_token_logps"] = torch.where(
+            shown["sampling_per_token_logps"] = torch.where(
                 is_replayed.unsqueeze(1), per_token_logps.detach(), inputs["sampling_per_token_logps"]
             )
-        shown = mask[is_replayed] if level == "token" else slice(None)
-        self.replayer.add_log_ratios(log_ratio.detach()[is_replayed][shown].flatten().cpu().numpy())
+        is_shown = mask[is_replayed] if level == "token" else slice(None)
+        self.replayer.add_log_ratios(log_ratio.detach()[is_replayed][is_shown].flatten().cpu().numpy())
 
     # Dataset
 

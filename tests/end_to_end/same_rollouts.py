@@ -90,7 +90,7 @@ def same_rollouts_trainer(output_dir: Any, mode: str = "", **options: Any) -> An
         options["peft_config"] = lora_config()
     model = tiny_model()
     torch.manual_seed(0)  # LoRA's weights
-    return make_trainer(output_dir, SameRollouts, model=model, **options)
+    return make_trainer(output_dir, options.pop("trainer_class", SameRollouts), model=model, **options)
 
 
 def result_of(trainer: Any) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def test_several_rewards_with_weights_decide_by_their_sum(tmp_path):
         max_steps=5,
         reward_funcs=[first_letter_reward, length_reward],
         reward_weights=[2.0, 1.0],
+        success_reward="weighted_sum",
         success_threshold=2.05,
         retire_solved=False,
     )
@@ -65,7 +66,7 @@ def test_one_named_reward_decides(tmp_path):
         return [0.0] * len(completions)
 
     options = {"max_steps": 4, "reward_funcs": [nothing, first_letter_reward], "reward_weights": [1.0, 0.1]}
-    by_sum = make_trainer(tmp_path / "sum", **options)
+    by_sum = make_trainer(tmp_path / "sum", success_reward="weighted_sum", **options)
     by_sum.train()
     assert by_sum.experience_buffer.num_completions == 0
     by_name = make_trainer(tmp_path / "name", success_reward="first_letter_reward", **options)
@@ -320,6 +321,7 @@ def test_rewards_are_compared_as_the_float32_that_they_are(tmp_path):
         max_steps=2,
         reward_funcs=[ones, more_ones, first_letter_reward],
         reward_weights=[0.1, 0.2, 0.7],
+        success_reward="weighted_sum",
     )
     trainer.train()
     assert trainer.experience_buffer.num_completions > 0

@@ -1,4 +1,4 @@
-"""What counts as a success, what is stored of a group, in which bucket its question goes and when it retires."""
+"""What is stored of a group, in which bucket its question goes, and when it retires."""
 
 from __future__ import annotations
 
@@ -105,37 +105,6 @@ class RewardSpread(AdmissionRule):
 
 ADMISSION_RULES: dict[str, type[AdmissionRule]] = {"success_rate": SuccessRate, "reward_std": RewardSpread}
 """Built-in admission rules by name."""
-
-
-def success_rewards(rewards_per_func: np.ndarray, weights: np.ndarray, index: int | None) -> np.ndarray:
-    """
-    Reward that decides whether a completion is correct.
-
-    Args:
-        rewards_per_func (`np.ndarray`):
-            Rewards, shape `(N, num_reward_funcs)`, NaN where a function returned None.
-        weights (`np.ndarray`):
-            Weights of the functions, shape `(num_reward_funcs,)`.
-        index (`int` or `None`):
-            Function that decides. `None` takes the weighted sum.
-
-    Returns:
-        `np.ndarray`:
-            Shape `(N,)`, NaN where no function that counts gave one.
-    """
-    if index is not None:
-        return rewards_per_func[:, index]
-    has_reward = ~np.isnan(rewards_per_func).all(axis=1)
-    return np.where(has_reward, np.nansum(rewards_per_func * weights, axis=1), np.nan)
-
-
-def reaches(rewards: np.ndarray, threshold: float) -> np.ndarray:
-    """
-    Which rewards are at least the threshold; NaN is not.
-
-    TRL keeps rewards in float32, where 0.9 is a little less than 0.9: a relative difference of 1e-6 is no difference.
-    """
-    return np.asarray(rewards >= threshold - 1e-6 * max(1.0, abs(threshold)))
 
 
 def stands_out(rewards: np.ndarray) -> np.ndarray:
