@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from exgrpo_trl import Admission, Experience, Question, question_id_of
+from exgrpo_trl import Admission, Experience, Question
 from exgrpo_trl.batch import COLUMNS, Batch, Plan, Share, checksum, plan_rows
-from exgrpo_trl.records import Replay
+from exgrpo_trl.records import Replay, prompt_hash
 
 
 @pytest.mark.parametrize(("num_groups", "group_size"), [(1, 2), (4, 4), (6, 3), (16, 8), (7, 5), (128, 8)])
@@ -58,13 +58,22 @@ def padded(token_ids, width=4):
     return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in token_ids])
 
 
+def id_of(row):
+    return row["prompt"]
+
+
 def admit(batch, is_worth_storing, mask=None):
     """Admit with all correct solved, and the number of successes as the bucket."""
     is_worth_storing = np.array(is_worth_storing, dtype=bool)
     counts = is_worth_storing.sum(axis=1)
     rewards = np.where(is_worth_storing, 1.0, 0.25)
     admission = Admission(is_worth_storing, counts, counts, is_worth_storing.all(axis=1))
-    batch.admit(rewards, rewards == 1.0, admission, torch.ones(6, 4) if mask is None else mask)
+    output = {
+        "completion_mask": torch.ones(6, 4) if mask is None else mask,
+        "prompt_ids": torch.arange(6)[:, None] // 3 + torch.tensor([0, 10]),
+        "prompt_mask": torch.tensor([[0, 1]] * 3 + [[1, 1]] * 3),
+    }
+    batch.admit(rewards, rewards == 1.0, admission, output)
 
 
 def test_every_process_knows_the_plan_and_its_own_positions():
@@ -81,13 +90,11 @@ def test_every_process_knows_the_plan_and_its_own_positions():
 def test_stored_rows_take_the_place_of_dataset_rows():
     first, second = two_processes()
     rows = dataset_rows("a", "b")
-    placed = first.place(rows, None)
+    placed = first.place(rows, id_of)
     assert [row["prompt"] for row in placed] == ["old"] * 3 + ["b"] * 3
     assert {group: q.example["prompt"] for group, q in first.questions.items()} == {1: "b"}
-    assert first.questions[1].question_id == question_id_of("b")
-    assert {q.question_id for q in second.place(dataset_rows("c", "d"), "prompt") and second.questions.values()} == {
-        "d"
-    }
+    assert first.questions[1].question_id == "b"
+    assert {q.question_id for q in second.place(dataset_rows("c", "d"), id_of) and second.questions.values()} == {"d"}
     # What a reward function writes into a row reaches neither the stored question nor the recorded one.
     for row in (*placed, *rows):
         row["answer"].append("scribble")
@@ -97,7 +104,7 @@ def test_stored_rows_take_the_place_of_dataset_rows():
 
 def test_a_group_belongs_to_the_process_of_its_first_row():
     batch = Batch(Plan(0, True), first_row=4, num_rows=4, num_groups=4, group_size=3)
-    batch.place([{"prompt": str(row)} for row in range(4, 8)], None)
+    batch.place([{"prompt": str(row)} for row in range(4, 8)], id_of)
     assert {group: q.example["prompt"] for group, q in batch.questions.items()} == {2: "6"}
 
 
@@ -128,6 +135,8 @@ def test_what_is_recorded():
     assert stored.token_ids.tolist() == [14, 15]
     assert stored.behavior_per_token_logps.tolist() == [-16, -17]
     assert (stored.policy_version, stored.reward, stored.entropy) == (9, 1.0, 4.0)
+    assert stored.prompt_hash == prompt_hash([1, 11])
+    assert first.experiences[0].prompt_hash == prompt_hash([10]), "without padding"
     first.record(order.tolist(), 2 * logps[order], entropies[order])
     assert first.experiences[4] is stored, "the first forward is that of the generating policy"
 
@@ -162,7 +171,7 @@ def test_what_all_processes_know_is_united():
     first, second = two_processes()
     is_worth_storing = [[1, 1, 0], [0, 0, 0], [0, 1, 0], [1, 1, 1]]
     for batch, names in ((first, "ab"), (second, "cd")):
-        batch.place(dataset_rows(*names), "prompt")
+        batch.place(dataset_rows(*names), id_of)
         batch.token_ids = [[1]] * 6
         admit(batch, is_worth_storing)
         batch.record(range(batch.first_row, batch.first_row + 6), -torch.ones(6, 1), torch.ones(6, 1))

@@ -8,6 +8,7 @@ from trl.trainer.utils import RepeatSampler
 
 from exgrpo_trl import question_id_of
 from exgrpo_trl.dataset import ActiveQuestionSampler, DroppedQuestions
+from exgrpo_trl.questions import TrainingQuestions
 
 
 def dataset(num_rows, repeated=()):
@@ -19,19 +20,19 @@ def ids(*rows):
 
 
 def test_an_epoch_keeps_the_questions_that_it_began_with():
-    dropped = DroppedQuestions(dataset(8), None, min_rows=2)
+    dropped = DroppedQuestions(TrainingQuestions(dataset(8), None), min_rows=2)
     retired = dict.fromkeys(ids(3))
     assert dropped.begin_epoch(0, retired) == {3}
     retired |= dict.fromkeys(ids(5, 1))
     assert dropped.begin_epoch(0, retired) == {3}
     assert dropped.begin_epoch(1, retired) == {3, 5, 1}
-    resumed = DroppedQuestions(dataset(8), None, min_rows=2)
+    resumed = DroppedQuestions(TrainingQuestions(dataset(8), None), min_rows=2)
     resumed.load_state_dict(dropped.state_dict())
     assert resumed.begin_epoch(1, retired | dict.fromkeys(ids(7))) == {3, 5, 1}
 
 
 def test_all_rows_of_a_question_go_and_foreign_ones_are_none():
-    dropped = DroppedQuestions(dataset(6, repeated=[2]), None, min_rows=1)
+    dropped = DroppedQuestions(TrainingQuestions(dataset(6, repeated=[2]), None), min_rows=1)
     assert dropped.begin_epoch(0, ids(2, 100)) == {2, 6}
 
 
@@ -40,7 +41,7 @@ def test_a_batch_always_stays(monkeypatch):
 
     messages = []
     monkeypatch.setattr(module.logger, "warning_once", messages.append)
-    dropped = DroppedQuestions(dataset(5), None, min_rows=3)
+    dropped = DroppedQuestions(TrainingQuestions(dataset(5), None), min_rows=3)
     assert dropped.begin_epoch(0, ids(4, 0, 1, 2)) == {4, 0}
     assert len(messages) == 1
     assert "run dry" in messages[0]

@@ -10,6 +10,7 @@ from datasets import Dataset
 from exgrpo_trl import ExGRPOConfig, Experience, ExperienceBuffer, Question, QuestionSampler, question_id_of
 from exgrpo_trl.dataset import DroppedQuestions
 from exgrpo_trl.processes import Processes
+from exgrpo_trl.questions import TrainingQuestions
 from exgrpo_trl.replayer import Replayer
 from exgrpo_trl.strategies import Strategies
 from exgrpo_trl.success import SuccessRule
@@ -37,12 +38,15 @@ def make_replayer(buffer=None, score=None, rows=(), **options):
         output_dir="unused", use_cpu=True, bf16=False, report_to="none", num_generations=K,
         per_device_train_batch_size=K * NUM_GROUPS, **{"replay_start_pass_rate": None} | options,
     )  # fmt: skip
+    # Of a stream nothing is known beforehand.
+    questions = TrainingQuestions(Dataset.from_dict({"prompt": list(rows)}) if rows else iter(()), None)
     return Replayer(
         filled_buffer() if buffer is None else buffer,
         args,
         Strategies.choose(args, **strategies),
         Processes(CPU),
-        DroppedQuestions(Dataset.from_dict({"prompt": list(rows)}), None, min_rows=1),
+        DroppedQuestions(questions, min_rows=1),
+        questions,
         SuccessRule(["right"], [1.0], 1.0, None),
         tokenize=lambda prompts: [[int(prompt[1:], 36), 99] for prompt in prompts],
         score=score or (lambda prompted: [(float(ids[1]), -float(ids[1])) for _, ids in prompted]),
@@ -52,11 +56,12 @@ def make_replayer(buffer=None, score=None, rows=(), **options):
 def step(replayer, rewards, global_step=0, names="abcd", is_trained=True):
     """One batch: plan, place, reward, record, but collect; fresh completions are [row, step]."""
     batch = replayer.next_batch(K * NUM_GROUPS, global_step)
-    batch.place([{"prompt": f"q{name}"} for name in names for _ in range(K)], "prompt")
+    placed = batch.place([{"prompt": f"q{name}"} for name in names for _ in range(K)], lambda row: row["prompt"])
     token_ids = [[100 + row, 200 + global_step] for row in range(K * NUM_GROUPS)]
     batch.take_rewards(torch.tensor(rewards, dtype=torch.float32).reshape(-1, 1), token_ids)
     completion_ids, mask = torch.tensor(token_ids), torch.ones(K * NUM_GROUPS, 2)
-    replayer.observe(batch, mask)
+    prompt_ids = torch.tensor(replayer.tokenize([row["prompt"] for row in placed]))
+    replayer.observe(batch, {"completion_mask": mask, "prompt_ids": prompt_ids, "prompt_mask": mask})
     if is_trained:
         ((trained, positions, rows),) = replayer.trained_rows(
             {"completion_ids": completion_ids, **batch.columns(completion_ids)}
@@ -287,3 +292,34 @@ def test_a_replayed_completion_without_a_verdict_stays():
     assert len(batch.replays) == 2
     replayer.collect()
     assert replayer.buffer.num_completions == 2
+
+
+def test_a_completion_whose_prompt_renders_to_other_tokens_is_not_replayed():
+    replayer = make_replayer(filled_buffer(0))
+    step(replayer, ONE_EACH, names="1234")
+    replayer.collect()
+    for buffer, expected in ((replayer.buffer, 2), (filled_buffer(4), 2)):
+        resumed = make_replayer(buffer)
+        tokenize = resumed.tokenize
+        resumed.begin_training()
+        assert len(resumed.next_batch(K * NUM_GROUPS, 1).replays) == expected
+        resumed.tokenize = lambda prompts: [[*ids, 7] for ids in tokenize(prompts)]
+        resumed.begin_training()
+        # Completions that do not know their prompt (of an earlier version) are judged by the chat template.
+        assert len(resumed.next_batch(K * NUM_GROUPS, 1).replays) == (0 if buffer is replayer.buffer else 2)
+    assert replayer.buffer.num_completions == 4, "nothing is lost"
+
+
+def test_questions_that_are_gone_are_not_drawn_and_new_successes_bring_them_back():
+    names = [f"q{number}" for number in range(4)]
+    buffer = ExperienceBuffer(group_size=K)
+    for name in names:
+        buffer.collect(Question(question_id_of(name), {"prompt": name}), [stored(1, 2)], num_correct=2, group_size=K)
+    replayer = make_replayer(buffer, rows=names[:1])
+    replayer.begin_training()
+    for global_step in range(5):
+        batch = replayer.next_batch(K * NUM_GROUPS, global_step)
+        assert [replay.question.question_id for replay in batch.replays] == [question_id_of("q0")]
+    assert buffer.num_questions == 4
+    replayer.replayable.collected(question_id_of("q2"))
+    assert len(replayer.next_batch(K * NUM_GROUPS, 5).replays) == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .examples import question_of_row, stored_row
-from .records import Experience, Question, Replay
+from .records import Experience, Question, Replay, prompt_hash
 from .strategies.admission import Admission
 
 # What travels with the rows of a batch to their loss, and not to TRL's.
@@ -124,6 +124,8 @@ class Batch:
     is_collected: bool = False
     forwards: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _storable: frozenset[int] = frozenset()
+    _prompts: tuple[torch.Tensor, torch.Tensor] = field(init=False)
+    _prompt_hashes: dict[int, int] = field(default_factory=dict)
 
     # What is planned
 
@@ -166,15 +168,15 @@ class Batch:
 
     # What happens to it, in this order
 
-    def place(self, inputs: Sequence[Mapping[str, Any]], question_id_column: str | None) -> list[Any]:
+    def place(self, inputs: Sequence[Mapping[str, Any]], id_of: Callable[[Mapping[str, Any]], str]) -> list[Any]:
         """
         Put the stored rows of replayed questions into the rows of their groups, and keep the questions of the others.
 
         Args:
             inputs (`Sequence[Mapping[str, Any]]`):
                 Dataset rows of this process.
-            question_id_column (`str` or `None`):
-                Column that identifies a question.
+            id_of (`Callable`):
+                Gives the id of the question of a row.
         """
         placed: list[Any] = []
         for position, row in enumerate(inputs):
@@ -183,7 +185,7 @@ class Batch:
                 placed.append(stored_row(self.replayed_questions[group], row))
                 continue
             if slot == 0:
-                self.questions[group] = question_of_row(row, question_id_column)
+                self.questions[group] = question_of_row(row, id_of(row))
             placed.append(row)
         return placed
 
@@ -217,7 +219,7 @@ class Batch:
         self.rewards_per_func, self.token_ids = rewards_per_func.double().cpu().numpy(), token_ids
 
     def admit(
-        self, rewards: np.ndarray, is_correct: np.ndarray, admission: Admission, completion_mask: torch.Tensor
+        self, rewards: np.ndarray, is_correct: np.ndarray, admission: Admission, output: Mapping[str, torch.Tensor]
     ) -> None:
         """
         Take the decision on what is a success, and what may enter the buffer.
@@ -229,13 +231,15 @@ class Batch:
                 Which rollouts are successes, same shape.
             admission ([`Admission`]):
                 What may enter the buffer.
-            completion_mask (`torch.Tensor`):
-                Tokens of this process that are trained, shape `(num_rows, T)`; truncated completions may have none.
+            output (`Mapping[str, torch.Tensor]`):
+                Rows of this process as TRL made them: `completion_mask` of shape `(num_rows, T)`, where truncated
+                completions may have no token, `prompt_ids` and `prompt_mask` of shape `(num_rows, P)`.
         """
         self.rewards, self.is_correct = rewards, is_correct
         self.admission, self.is_admitted = admission, True
         is_storable = (admission.is_worth_storing & np.isfinite(self.rewards)).flat
-        has_loss = completion_mask.any(-1).tolist()
+        has_loss = output["completion_mask"].any(-1).tolist()
+        self._prompts = output["prompt_ids"], output["prompt_mask"]
         self._storable = frozenset(
             self.first_row + position
             for position in range(self.num_rows)
@@ -338,7 +342,15 @@ class Batch:
                 policy_version=self.policy_version,
                 reward=float(self.rewards.flat[rows[i]]),
                 entropy=entropy,
+                prompt_hash=self._prompt_hash(rows[i] - self.first_row),
             )
+
+    def _prompt_hash(self, position: int) -> int:
+        ids, mask = self._prompts
+        group = (self.first_row + position) // self.group_size
+        if group not in self._prompt_hashes:
+            self._prompt_hashes[group] = prompt_hash(ids[position][mask[position].bool()].cpu().numpy())
+        return self._prompt_hashes[group]
 
     # What comes of it
 

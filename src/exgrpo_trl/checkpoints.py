@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .buffer import ExperienceBuffer, RemoteBuffer, ReplayBuffer
 from .config import ExGRPOConfig
-from .records import ExperienceBufferError
+from .records import UNKNOWN_PROMPT, ExperienceBufferError
 
 logger = logging.get_logger(__name__)
 
@@ -106,7 +106,10 @@ def check_buffer(
     source: str,
 ) -> None:
     """Check that a buffer can be replayed by this trainer. Walks the buffer once."""
+    is_prompt_known = all(experience.prompt_hash != UNKNOWN_PROMPT for _, _, experience in buffer.items())
     for name in ("tokenizer", "chat_template"):
+        if name == "chat_template" and is_prompt_known:
+            continue  # what counts are the tokens of the prompts, which are compared one by one
         if name in buffer.provenance and buffer.provenance[name] != provenance[name]:
             raise ExperienceBufferError(
                 f"The experience buffer {source} was collected with another {name.replace('_', ' ')}: its stored "

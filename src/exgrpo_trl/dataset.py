@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ from torch.utils.data import Sampler
 from transformers.utils import logging
 
 from .config import ExGRPOConfig
-from .examples import dataset_question_ids, encode_example
+from .examples import encode_example
+from .questions import TrainingQuestions
 
 logger = logging.get_logger(__name__)
 
@@ -21,8 +21,6 @@ def check_dataset(dataset: Any, args: ExGRPOConfig) -> None:
     if isinstance(dataset, Dataset):
         if len(dataset):
             encode_example(dataset[0])
-        if args.question_id_column is not None:
-            dataset_question_ids(dataset, args.question_id_column)
     elif args.drop_retired_questions and args.retire_solved:
         logger.warning(
             "drop_retired_questions has no effect on an iterable dataset: retired questions leave the buffer, but "
@@ -35,28 +33,18 @@ class DroppedQuestions:
     Which rows of a training dataset an epoch leaves out: those of the questions that were retired when it began.
 
     Args:
-        dataset ([`~datasets.Dataset`]):
-            Training dataset.
-        question_id_column (`str` or `None`):
-            Column that holds the question id. `None` hashes the prompt.
+        questions ([`TrainingQuestions`]):
+            Questions of the training dataset.
         min_rows (`int`):
             Rows that always stay: the questions of one generation batch. Below that the dataset stops shrinking, as in
             the released code of the paper.
     """
 
-    def __init__(self, dataset: Any, question_id_column: str | None, min_rows: int) -> None:
-        self.dataset = dataset
-        self.question_id_column = question_id_column
+    def __init__(self, questions: TrainingQuestions, min_rows: int) -> None:
+        self.questions = questions
         self.min_rows = min_rows
         self.epoch: int | None = None
         self.num_retired = 0
-
-    @cached_property
-    def _rows_of(self) -> dict[str, list[int]]:
-        rows_of: dict[str, list[int]] = {}
-        for row, question_id in enumerate(dataset_question_ids(self.dataset, self.question_id_column)):
-            rows_of.setdefault(question_id, []).append(row)
-        return rows_of
 
     def begin_epoch(self, epoch: int, retired: Collection[str]) -> set[int]:
         """Rows to leave out of an epoch that begins, or that a resumed run is in the middle of."""
@@ -64,8 +52,8 @@ class DroppedQuestions:
             self.epoch, self.num_retired = epoch, len(retired)
         dropped: set[int] = set()
         for question_id in itertools.islice(retired, self.num_retired):
-            rows = self._rows_of.get(question_id, [])
-            if len(dropped) + len(rows) > len(self.dataset) - self.min_rows:
+            rows = self.questions.rows_of(question_id)
+            if len(dropped) + len(rows) > len(self.questions.dataset) - self.min_rows:
                 logger.warning_once(
                     "Fewer questions than one generation batch would be left after dropping the retired ones. Some "
                     "retired questions stay in the dataset, so that training does not run dry."

@@ -151,20 +151,23 @@ def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[s
     return question_ids
 
 
+def canonical_rest(row: Mapping[str, Any]) -> str:
+    """Text of a row without its prompt that is the same for equal rows, whatever the order of their columns."""
+    return encode_example({column: row[column] for column in sorted(row) if column != "prompt"})
+
+
 def stored_row(question: Question, like: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored row of a question with the columns of the batch, in a copy that reward functions may write into."""
-    missing = sorted(like.keys() - question.example.keys())
-    if missing:
-        raise ValueError(
-            f"The stored row of question {question.question_id!r} lacks the columns {missing} of the training "
-            "dataset, which a reward function may need. Import rows with all columns of the dataset."
-        )
-    return {column: copy.deepcopy(question.example[column]) for column in like}
+    """
+    The row of a replayed question, in a copy that reward functions may write into.
+
+    It has the columns of the row whose place it takes; in a stream of ragged rows it may lack one, which is then None.
+    """
+    return {column: copy.deepcopy(question.example.get(column)) for column in like}
 
 
-def question_of_row(row: Mapping[str, Any], question_id_column: str | None) -> Question:
+def question_of_row(row: Mapping[str, Any], question_id: str) -> Question:
     """
     Question of a dataset row, with a copy of the row: reward functions may write into the rows that they are given.
     """
     encode_example(row)
-    return Question(row_question_id(row, question_id_column), copy.deepcopy(dict(row)))
+    return Question(question_id, copy.deepcopy(dict(row)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import operator
 import sys
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_POLICY_VERSION = 2**63 - 1
+UNKNOWN_PROMPT = 0
 # A log-probability is at most 0; float32 and bfloat16 soft-maxes overshoot by a little.
 MAX_LOG_PROBABILITY = 1e-4
 MIN_LOG_PROBABILITY = float(np.finfo(np.float32).min)
@@ -77,6 +79,9 @@ class Experience:
             Reward at generation time.
         entropy (`float`):
             Mean token entropy under the behaviour policy in nats, NaN if unknown.
+        prompt_hash (`int`, *optional*, defaults to `0`):
+            Hash of the tokens of the prompt that it answers, 64 bits, signed; 0 if unknown. Where the prompt of its
+            question renders to other tokens, a completion is not replayed.
     """
 
     token_bytes: bytes = field(repr=False)
@@ -84,6 +89,7 @@ class Experience:
     policy_version: int
     reward: float
     entropy: float
+    prompt_hash: int = UNKNOWN_PROMPT
 
     @classmethod
     def create(
@@ -94,6 +100,7 @@ class Experience:
         policy_version: int,
         reward: float,
         entropy: float = math.nan,
+        prompt_hash: int = UNKNOWN_PROMPT,
     ) -> Experience:
         """
         Validated experience.
@@ -109,6 +116,8 @@ class Experience:
                 Reward at generation time.
             entropy (`float`, *optional*, defaults to NaN):
                 Mean token entropy under the behaviour policy in nats.
+            prompt_hash (`int`, *optional*, defaults to `0`):
+                Hash of the tokens of the prompt, see [`~exgrpo_trl.records.prompt_hash`]; 0 if unknown.
 
         Raises:
             TypeError: if the ids are not integers or a number is not a number.
@@ -149,6 +158,7 @@ class Experience:
             _checked_policy_version(policy_version),
             _checked_float("reward", reward, allow_nan=False),
             _checked_float("entropy", entropy, allow_nan=True),
+            _checked_hash(prompt_hash),
         )
 
     @property
@@ -211,6 +221,12 @@ class Replay:
     entropy: float | None = None
 
 
+def prompt_hash(token_ids: ArrayLike) -> int:
+    """A number that differs where the tokens of two prompts differ; never that of an unknown prompt."""
+    digest = hashlib.blake2b(np.asarray(token_ids, dtype=np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True) or 1
+
+
 def _checked_policy_version(policy_version: int) -> int:
     try:
         version = operator.index(policy_version)
@@ -219,6 +235,16 @@ def _checked_policy_version(policy_version: int) -> int:
     if not 0 <= version <= MAX_POLICY_VERSION:
         raise ValueError(f"`policy_version` must not be negative, got {version}; it is the global optimizer step.")
     return version
+
+
+def _checked_hash(prompt_hash: int) -> int:
+    try:
+        number = operator.index(prompt_hash)
+    except TypeError:
+        raise TypeError(f"`prompt_hash` must be an integer, got {prompt_hash!r}.") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"`prompt_hash` must have 64 bits, got {number}.")
+    return number
 
 
 def _checked_float(name: str, value: float, *, allow_nan: bool) -> float:

@@ -16,7 +16,8 @@ from .config import ExGRPOConfig
 from .dataset import DroppedQuestions
 from .metrics import ReplayMetrics, SuccessWatch
 from .processes import Processes
-from .records import Candidate, Experience, Replay
+from .questions import Replayable, TrainingQuestions
+from .records import Candidate, Experience, Question, Replay
 from .scoring import Prompted, Scores, add_scores, score_candidates
 from .strategies import Strategies
 from .strategies.admission import Admission
@@ -52,6 +53,8 @@ class Replayer:
             Processes of the run.
         dropped_questions ([`DroppedQuestions`]):
             Questions that leave the dataset.
+        questions ([`TrainingQuestions`]):
+            Questions of the training dataset.
         success_rule ([`SuccessRule`]):
             What counts as a success.
         tokenize (`Callable`):
@@ -73,6 +76,7 @@ class Replayer:
         strategies: Strategies,
         processes: Processes,
         dropped_questions: DroppedQuestions,
+        questions: TrainingQuestions,
         success_rule: SuccessRule,
         *,
         tokenize: Callable[[list[Any]], list[list[int]]],
@@ -82,9 +86,11 @@ class Replayer:
         self.strategies = strategies
         self.processes = processes
         self.dropped_questions = dropped_questions
+        self.questions = questions
         self.success_rule = success_rule
         self.tokenize = tokenize
         self.score = score
+        self.replayable = Replayable(questions, tokenize)
         self.buffer = buffer
         self.batch: Batch | None = None
         self.num_losses = 0
@@ -131,7 +137,14 @@ class Replayer:
     def _begin_training(self) -> None:
         newest = max((experience.policy_version for _, _, experience in self.buffer.items()), default=-1)
         self._version_offset = newest + 1
+        self._examine_buffer()
         self.dropped_questions.epoch = None
+
+    def _examine_buffer(self) -> None:
+        self.replayable = Replayable(self.questions, self.tokenize)
+        told = self.replayable.examine(self.buffer)
+        if told:
+            logger.warning(told)
 
     def begin_epoch(self, epoch: int) -> set[int]:
         """Dataset rows that an epoch leaves out."""
@@ -158,10 +171,12 @@ class Replayer:
         self._open = {n: batch for n, batch in self._open.items() if batch.global_step == global_step}
         start = time.perf_counter()
         candidates: dict[str, list[Candidate]] = {}
+        questions: dict[str, Question] = {}
 
         def draw() -> tuple[bool, list[Prompted]]:
             candidates.update(self._draw(global_step))
-            return self.is_started, self._to_score(candidates)
+            questions.update((question_id, self._question(question_id)) for question_id in candidates)
+            return self.is_started, self._to_score(questions, candidates)
 
         is_started, to_score = self.processes.decide("drawing the questions to replay", draw)
         before_scoring = time.perf_counter()
@@ -169,7 +184,7 @@ class Replayer:
         scoring_seconds = time.perf_counter() - before_scoring
 
         def choose() -> Plan:
-            chosen = self._choose(add_scores(candidates, scores))
+            chosen = self._choose(questions, add_scores(candidates, scores))
             return Plan(self._version_offset + global_step, self.is_started and not self.is_stopped, tuple(chosen))
 
         plan = self.processes.decide("choosing the completions to replay", choose)
@@ -192,14 +207,16 @@ class Replayer:
         if self.args.max_staleness is not None:
             self.buffer.evict_older_than(self._version_offset + global_step - self.args.max_staleness)
         n = min(self.args.num_groups_to_replay, self.buffer.num_questions)
-        question_ids = list(self.buffer.sample_questions(n, self.strategies.question_sampler)) if n else []
+        sampler = self.replayable.sampler(self.strategies.question_sampler)
+        question_ids = list(self.buffer.sample_questions(n, sampler)) if n else []
         # A buffer of the user may draw as it likes.
         source = f"{type(self.buffer).__name__}.sample_questions({n})"
         check_drawn(question_ids, n, lambda question_id: bool(self._completions(question_id)), source)
-        return {
-            question_id: [Candidate(experience) for experience in self._completions(question_id)]
+        drawn = {
+            question_id: [Candidate(e) for e in self.replayable.completions(self._completions(question_id))]
             for question_id in question_ids
         }
+        return {question_id: candidates for question_id, candidates in drawn.items() if candidates}
 
     def _completions(self, question_id: str) -> Sequence[Experience]:
         try:
@@ -207,42 +224,54 @@ class Replayer:
         except KeyError:
             return ()
 
-    def _to_score(self, candidates: Mapping[str, list[Candidate]]) -> list[Prompted]:
+    def _to_score(
+        self, questions: Mapping[str, Question], candidates: Mapping[str, list[Candidate]]
+    ) -> list[Prompted]:
         """Prompt and completion of every candidate that the choice depends on: none where there is no choice."""
         question_ids = [question_id for question_id, choices in candidates.items() if len(choices) > 1]
         if not question_ids or not self.strategies.completion_selector.requires_scores:
             return []
-        prompts = self.tokenize([self.buffer.question(question_id).example["prompt"] for question_id in question_ids])
+        prompts = self.tokenize([questions[question_id].example["prompt"] for question_id in question_ids])
         return [
             (prompt, candidate.experience.token_ids)
             for question_id, prompt in zip(question_ids, prompts, strict=True)
             for candidate in candidates[question_id]
         ]
 
-    def _choose(self, candidates: Mapping[str, Sequence[Candidate]]) -> list[Replay]:
+    def _choose(
+        self, questions: Mapping[str, Question], candidates: Mapping[str, Sequence[Candidate]]
+    ) -> list[Replay]:
         """One completion per drawn question, and its row (method, section 4); ascending by row."""
         if not candidates:
             return []
         rows = plan_rows(self.args.num_groups, self.args.num_generations, len(candidates), self.rng)
-        return [self._select(*drawn, row) for row, drawn in zip(rows, candidates.items(), strict=True)]
+        return [
+            self._select(questions[question_id], choices, row)
+            for row, (question_id, choices) in zip(rows, candidates.items(), strict=True)
+        ]
 
-    def _select(self, question_id: str, choices: Sequence[Candidate], row: int) -> Replay:
+    def _select(self, question: Question, choices: Sequence[Candidate], row: int) -> Replay:
         index = self.strategies.completion_selector(choices, self.rng) if len(choices) > 1 else 0
         if not 0 <= index < len(choices):
             raise ValueError(
                 f"The completion selector returned {index!r} for {len(choices)} candidates. Return the index of one."
             )
-        return Replay(self.buffer.question(question_id), choices[index].experience, row, choices[index].entropy)
+        return Replay(question, choices[index].experience, row, choices[index].entropy)
 
-    def observe(self, batch: Batch, completion_mask: torch.Tensor) -> None:
+    def _question(self, question_id: str) -> Question:
+        """A stored question as it is in the dataset now."""
+        stored: Question = self.buffer.question(question_id)
+        return self.questions.present(stored) or stored
+
+    def observe(self, batch: Batch, output: Mapping[str, torch.Tensor]) -> None:
         """
         Decide what of a batch whose rewards are known is a success, and what may enter the buffer.
 
         Args:
             batch ([`Batch`]):
                 The batch.
-            completion_mask (`torch.Tensor`):
-                Completion tokens of this process that are trained, shape `(num_rows, T)`.
+            output (`Mapping[str, torch.Tensor]`):
+                Rows of this process as TRL made them.
         """
 
         def judge() -> tuple[np.ndarray, np.ndarray, Admission]:
@@ -251,7 +280,7 @@ class Replayer:
             rewards, is_correct = (of_rows.reshape(shape) for of_rows in self.success_rule(batch.rewards_per_func))
             return rewards, is_correct, self.strategies.admission(rewards, is_correct, batch.is_fresh)
 
-        batch.admit(*self.processes.decide("deciding what to store", judge), completion_mask)
+        batch.admit(*self.processes.decide("deciding what to store", judge), output)
 
     def trained_rows(self, inputs: Mapping[str, Any]) -> list[TrainedRows]:
         """
@@ -330,6 +359,7 @@ class Replayer:
                     group_size=batch.group_size,
                     bucket=int(admission.buckets[group]),
                 )
+                self.replayable.collected(question.question_id)
             elif is_solved and self.args.retire_solved:
                 self.buffer.retire(question.question_id)
         self.metrics.add_collection(evicted_incorrect=evicted)
@@ -385,6 +415,7 @@ class Replayer:
             state: Mapping[str, Any] = self.buffer.replay_state
             if state:
                 self.load_state_dict(state)
+                self._examine_buffer()
             else:  # a buffer that was saved by hand
                 self._begin_training()
             return self.strategies.weighting.state_dict()

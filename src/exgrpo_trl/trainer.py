@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .batch import COLUMNS, Batch
@@ -36,6 +37,7 @@ from .compatibility import (
 from .config import ExGRPOConfig
 from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset
 from .processes import Processes
+from .questions import TrainingQuestions
 from .replayer import Replayer, TrainedRows
 from .rollouts import Rollouts, SingleTurnRollouts, VLLMRollouts
 from .rollouts.vllm import correct_fresh_only
@@ -53,6 +55,9 @@ def _signature(init: Callable[..., None]) -> inspect.Signature:
     before = [own.get(name, parameter) for name, parameter in of_trl.items()]
     after = [parameter for name, parameter in own.items() if name not in of_trl and parameter.kind not in catch_all]
     return inspect.Signature(before + after)
+
+
+logger = logging.get_logger(__name__)
 
 
 class ExGRPOTrainer(GRPOTrainer):
@@ -166,12 +171,15 @@ class ExGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *positional, **keywords)
 
         self._processes = Processes(self.accelerator)
+        # Without replay the ids are not needed, and nothing about them may be an error.
+        questions = TrainingQuestions(self.train_dataset if self._is_replay_enabled else None, args.question_id_column)
         self.replayer = Replayer(
             buffer,
             args,
             strategies,
             self._processes,
-            DroppedQuestions(self.train_dataset, args.question_id_column, args.num_groups),
+            DroppedQuestions(questions, args.num_groups),
+            questions,
             SuccessRule(
                 self.reward_func_names,
                 self.reward_weights.tolist(),
@@ -191,6 +199,8 @@ class ExGRPOTrainer(GRPOTrainer):
                 self.vllm_generation, self._processes, getattr(self, "vllm_tensor_parallel_size", 1)
             )
         check_dataset(self.train_dataset, args)
+        if questions.told and self._processes.is_main:
+            logger.warning(questions.told)
         self._processes.decide(
             "checking the experience buffer", lambda: self._check_buffer(buffer, "given to the trainer")
         )
@@ -226,7 +236,7 @@ class ExGRPOTrainer(GRPOTrainer):
                 return super()._generate_and_score_completions(inputs)
         batch = self.replayer.next_batch(len(inputs), self.state.global_step)
         with self._processes.together("preparing a batch"):
-            inputs = batch.place(inputs, self.args.question_id_column)
+            inputs = batch.place(inputs, self.replayer.questions.id_of)
         # Around what TRL calls, so that overrides of a subclass are seen as TRL sees them.
         with (
             batch.generating(),
@@ -241,7 +251,7 @@ class ExGRPOTrainer(GRPOTrainer):
                 metrics = correct_fresh_only(output, batch, self.accelerator.gather, by_sequence=by_sequence)
                 for name, value in metrics.items():
                     self._metrics["train"][name][-1] = value
-            self.replayer.observe(batch, output["completion_mask"])
+            self.replayer.observe(batch, output)
             output |= batch.columns(output["completion_ids"])
             # Where TRL computed the log-probabilities at generation, the policy may move before a row is trained.
             old_logps = output.get("old_per_token_logps")

@@ -578,7 +578,7 @@ def test_dataset_round_trip():
     dataset = buffer.to_dataset()
     assert dataset.column_names == [
         *("question_id", "example", "bucket", "token_ids", "behavior_per_token_logps"),
-        *("policy_version", "reward", "entropy"),
+        *("policy_version", "reward", "entropy", "prompt_hash"),
     ]
     assert dataset["question_id"][:] == ["c", "a", "a", "b"]
     assert dataset[1]["token_ids"] == [1, 2]

@@ -250,8 +250,8 @@ def rewrite(path, **changes):
 
 def test_newer_schema(saved):
     _, path = saved
-    rewrite(path, schema_version=2)
-    assert_refused(path, "schema version 2.*up to 1.*Upgrade exgrpo-trl")
+    rewrite(path, schema_version=3)
+    assert_refused(path, "schema version 3.*up to 2.*Upgrade exgrpo-trl")
 
 
 @pytest.mark.parametrize(

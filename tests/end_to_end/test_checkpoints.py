@@ -183,8 +183,8 @@ def test_a_damaged_buffer_is_an_error(tmp_path, checkpoint, damage):
 def test_a_newer_schema_is_an_error(tmp_path, checkpoint):
     def make_newer(folder):
         text = (folder / "metadata.json").read_text()
-        assert json.loads(text)["schema_version"] == 1
-        (folder / "metadata.json").write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
+        assert json.loads(text)["schema_version"] == 2
+        (folder / "metadata.json").write_text(text.replace('"schema_version": 2', '"schema_version": 3'))
 
     with pytest.raises(ExperienceBufferError, match=r"(?is)experience buffer.*schema.*[Uu]pgrade"):
         resume(tmp_path, checkpoint, make_newer)

@@ -28,11 +28,13 @@ from .metadata import (
 )
 from .tables import (
     EXPERIENCE_SCHEMA,
+    LATER_COLUMNS,
     QUESTION_SCHEMA,
     ROWS_PER_BATCH,
     experiences_from_table,
     experiences_to_arrays,
     in_batches,
+    with_later_columns,
 )
 
 if TYPE_CHECKING:
@@ -200,7 +202,11 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     ]
     completions: list[list[Experience]] = [[] for _ in questions]
     by_age: list[tuple[Experience, str] | None] = [None] * counts["completions"]
-    for batch in _row_groups(directory / COMPLETIONS_FILE, COMPLETION_SCHEMA):
+    written = COMPLETION_SCHEMA
+    if metadata["schema_version"] < 2:
+        written = pa.schema([field for field in COMPLETION_SCHEMA if field.name not in LATER_COLUMNS])
+    for batch in _row_groups(directory / COMPLETIONS_FILE, written):
+        batch = with_later_columns(batch)
         rows, ranks = batch.column("question").to_pylist(), batch.column("age_rank").to_pylist()
         for row, rank, experience in zip(rows, ranks, experiences_from_table(batch), strict=True):
             completions[row].append(experience)

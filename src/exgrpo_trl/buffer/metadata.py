@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 from ..records import ExperienceBufferError
 
-SCHEMA_VERSION = 1
+# 1: completions do not know the tokens of their prompt.
+SCHEMA_VERSION = 2
 METADATA_FILE = "metadata.json"
 QUESTIONS_FILE = "questions.parquet"
 COMPLETIONS_FILE = "completions.parquet"

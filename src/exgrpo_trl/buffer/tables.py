@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..examples import decode_example, encode_example
-from ..records import MAX_LOG_PROBABILITY, MIN_LOG_PROBABILITY, Experience, Question
+from ..records import MAX_LOG_PROBABILITY, MIN_LOG_PROBABILITY, UNKNOWN_PROMPT, Experience, Question
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,8 +24,11 @@ EXPERIENCE_SCHEMA = pa.schema(
         ("policy_version", pa.int64()),
         ("reward", pa.float64()),
         ("entropy", pa.float64()),
+        ("prompt_hash", pa.int64()),
     ]
 )
+# Columns that files of an earlier version lack, with what stands for them.
+LATER_COLUMNS = {"prompt_hash": UNKNOWN_PROMPT}
 QUESTION_SCHEMA = pa.schema([("question_id", pa.string()), ("example", pa.large_string()), ("bucket", pa.int32())])
 DATASET_SCHEMA = pa.unify_schemas([QUESTION_SCHEMA, EXPERIENCE_SCHEMA])
 
@@ -65,6 +68,7 @@ def experiences_to_arrays(experiences: list[Experience]) -> list[pa.Array]:
         pa.array([experience.policy_version for experience in experiences], pa.int64()),
         pa.array([experience.reward for experience in experiences], pa.float64()),
         pa.array([experience.entropy for experience in experiences], pa.float64()),
+        pa.array([experience.prompt_hash for experience in experiences], pa.int64()),
     ]
 
 
@@ -78,6 +82,7 @@ def experiences_from_table(table: pa.Table | pa.RecordBatch) -> list[Experience]
     token_offsets, tokens = _lists(table, "token_ids")
     logp_offsets, logps = _lists(table, "behavior_per_token_logps")
     versions, rewards, entropies = (_numbers(table, name) for name in ("policy_version", "reward", "entropy"))
+    hashes = _numbers(table, "prompt_hash")
     lengths = np.diff(token_offsets)
     _require(np.array_equal(lengths, np.diff(logp_offsets)), "completions have as many log-probabilities as tokens")
     _require(bool((lengths > 0).all()), "every completion has a token")
@@ -91,14 +96,25 @@ def experiences_from_table(table: pa.Table | pa.RecordBatch) -> list[Experience]
     _require(not np.isinf(entropies).any(), "entropies are finite or NaN")
     token_bytes, logp_bytes = tokens.tobytes(), logps.tobytes()
     bounds = (4 * token_offsets).tolist()
-    # One int object per version, not one per completion.
+    # One int object per version and per prompt, not one per completion.
     shared: dict[int, int] = {}
+    shared_version, shared_hash = (
+        [shared.setdefault(number, number) for number in numbers.tolist()] for numbers in (versions, hashes)
+    )
+    columns = (shared_version, rewards.tolist(), entropies.tolist(), shared_hash)
     return [
-        Experience(token_bytes[start:end], logp_bytes[start:end], shared.setdefault(version, version), reward, entropy)
-        for start, end, version, reward, entropy in zip(
-            bounds, bounds[1:], versions.tolist(), rewards.tolist(), entropies.tolist(), strict=False
-        )
+        Experience(token_bytes[start:end], logp_bytes[start:end], *of_row)
+        for start, end, *of_row in zip(bounds, bounds[1:], *columns, strict=False)
     ]
+
+
+def with_later_columns(table: pa.Table) -> pa.Table:
+    """The table with the columns that an earlier version did not write."""
+    for name, value in LATER_COLUMNS.items():
+        if name not in table.column_names:
+            kind = EXPERIENCE_SCHEMA.field(name).type
+            table = table.append_column(name, pa.repeat(pa.scalar(value, kind), len(table)))
+    return table
 
 
 def completions_to_dataset(items: Iterable[tuple[Question, int, Experience]]) -> Dataset:
@@ -106,8 +122,8 @@ def completions_to_dataset(items: Iterable[tuple[Question, int, Experience]]) ->
     Dataset of the stored completions, one per row.
 
     Columns: `question_id`, `example` (JSON, see [`encode_example`]), `bucket`, `token_ids`,
-    `behavior_per_token_logps` (nats), `policy_version` (optimizer steps), `reward` and `entropy` (nats, NaN if
-    unknown). Rows go by bucket, question and age.
+    `behavior_per_token_logps` (nats), `policy_version` (optimizer steps), `reward`, `entropy` (nats, NaN if unknown)
+    and `prompt_hash` (0 if unknown). Rows go by bucket, question and age.
 
     Args:
         items (`Iterable[tuple]`):
@@ -144,14 +160,15 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[tuple[Question, Exper
 
     if not isinstance(dataset, Dataset):
         raise TypeError(f"Expected a datasets.Dataset, got {type(dataset).__name__}; pick one split of a DatasetDict.")
-    if missing := [name for name in DATASET_SCHEMA.names if name not in dataset.column_names]:
+    needed = [name for name in DATASET_SCHEMA.names if name not in LATER_COLUMNS]
+    if missing := [name for name in needed if name not in dataset.column_names]:
         raise ValueError(
             f"The dataset lacks the columns {missing}; it has {dataset.column_names}. ExperienceBuffer.to_dataset() "
             "shows what is expected."
         )
     for table in dataset.with_format("arrow").iter(batch_size=1024):
         try:
-            batch = table.select(DATASET_SCHEMA.names).cast(DATASET_SCHEMA)
+            batch = with_later_columns(table).select(DATASET_SCHEMA.names).cast(DATASET_SCHEMA)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise ValueError(
                 f"The dataset does not hold stored completions: {error}. ExperienceBuffer.to_dataset() shows the "

@@ -1,0 +1,202 @@
+"""Questions of the training dataset as it is now, and which stored completions still belong to them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers.utils import logging
+
+from .buffer import ReplayBuffer
+from .examples import canonical_rest, dataset_question_ids, row_question_id
+from .records import UNKNOWN_PROMPT, Experience, Question, prompt_hash
+from .strategies.samplers import QuestionPool, QuestionSampler
+
+logger = logging.get_logger(__name__)
+
+# Prompts that are rendered in one call.
+_PROMPTS_AT_ONCE = 256
+
+
+class TrainingQuestions:
+    """
+    The questions of a training dataset: their ids, and their rows as they are now.
+
+    A question is its prompt and whatever its reward depends on: rows with one prompt and different other columns are
+    different questions. A row whose prompt is its own is identified by the prompt alone. Of a stream nothing is known
+    beforehand, so its rows are identified by their prompt.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Training dataset.
+        question_id_column (`str` or `None`):
+            Column that identifies a question. `None` uses prompt and row.
+
+    Raises:
+        ValueError: if the ids of a column are missing, or belong to several prompts.
+    """
+
+    def __init__(self, dataset: Any, question_id_column: str | None) -> None:
+        self.dataset = dataset
+        self.question_id_column = question_id_column
+        self.is_stream = not isinstance(dataset, Dataset)
+        self._rows_of: dict[str, list[int]] = {}
+        self._shared_prompts: set[str] = set()  # ids of prompts that stand for several questions
+        if self.is_stream:
+            return
+        ids = dataset_question_ids(dataset, question_id_column)
+        if question_id_column is None:
+            ids = self._tell_apart(ids)
+        for row, question_id in enumerate(ids):
+            self._rows_of.setdefault(question_id, []).append(row)
+
+    def _tell_apart(self, ids: Sequence[str]) -> list[str]:
+        """Ids by row, where several rows have one prompt and differ in something else."""
+        times = Counter(ids)
+        repeated = [row for row, question_id in enumerate(ids) if times[question_id] > 1]
+        of_rows = dict(zip(repeated, map(canonical_rest, _rows(self.dataset, repeated)), strict=True))
+        contents: dict[str, set[str]] = {}
+        for row in repeated:
+            contents.setdefault(ids[row], set()).add(of_rows[row])
+        self._shared_prompts = {question_id for question_id, texts in contents.items() if len(texts) > 1}
+        told = list(ids)
+        for row in repeated:
+            if ids[row] in self._shared_prompts:
+                told[row] = _id_of_row(ids[row], of_rows[row])
+        return told
+
+    @property
+    def told(self) -> str | None:
+        """What a user should know of the ids."""
+        if not self._shared_prompts:
+            return None
+        return (
+            f"{len(self._shared_prompts)} prompts of the training dataset stand for several rows, which differ in "
+            "other columns: each such row is a question of its own. Name a column of ids in question_id_column if "
+            "they are not."
+        )
+
+    def id_of(self, row: Mapping[str, Any]) -> str:
+        """Id of the question of a row that the data loader gave."""
+        question_id = row_question_id(row, self.question_id_column)
+        if question_id in self._shared_prompts:
+            return _id_of_row(question_id, canonical_rest(row))
+        return question_id
+
+    def rows_of(self, question_id: str) -> Sequence[int]:
+        """Rows of a question in a map-style dataset."""
+        return self._rows_of.get(question_id, ())
+
+    def present(self, question: Question) -> Question | None:
+        """A stored question with its row as it is now; `None` if it is gone. Of a stream, the row that was stored."""
+        if self.is_stream:
+            return question
+        rows = self.rows_of(question.question_id)
+        return Question(question.question_id, dict(self.dataset[rows[0]])) if rows else None
+
+
+class Replayable:
+    """
+    Which of the stored completions may be replayed: those whose question is in the dataset, and whose prompt still
+    renders to the tokens that they were generated for.
+
+    Args:
+        questions ([`TrainingQuestions`]):
+            Questions of the training dataset.
+        tokenize (`Callable`):
+            Maps prompts to their token ids.
+    """
+
+    def __init__(self, questions: TrainingQuestions, tokenize: Callable[[list[Any]], list[list[int]]]) -> None:
+        self.questions = questions
+        self.tokenize = tokenize
+        self._unusable: set[str] = set()
+        self._of_other_prompts: set[Experience] = set()
+
+    def examine(self, buffer: ReplayBuffer) -> str | None:
+        """Look at a whole buffer, once; says what cannot be replayed, and why."""
+        completions: dict[str, list[Experience]] = {}
+        stored: dict[str, Question] = {}
+        for question, _, experience in buffer.items():
+            completions.setdefault(question.question_id, []).append(experience)
+            stored[question.question_id] = question
+        present = {question_id: self.questions.present(question) for question_id, question in stored.items()}
+        gone = {question_id for question_id, question in present.items() if question is None}
+        for question_id, now in self._prompt_hashes(q for q in present.values() if q is not None):
+            # One that does not know its prompt was checked by its chat template.
+            other = {e for e in completions[question_id] if e.prompt_hash not in (now, UNKNOWN_PROMPT)}
+            self._of_other_prompts |= other
+            if len(other) == len(completions[question_id]):
+                self._unusable.add(question_id)
+        self._unusable |= gone
+        told = []
+        if gone:
+            told.append(f"{len(gone)} of {len(stored)} questions are not in the training dataset")
+        if self._of_other_prompts:
+            told.append(
+                f"{len(self._of_other_prompts)} completions were generated for a prompt that now renders to other "
+                "tokens (another wording, system prompt, chat template or chat_template_kwargs)"
+            )
+        return f"{' and '.join(told)}: they stay in the experience buffer, but are not replayed." if told else None
+
+    def _prompt_hashes(self, questions: Iterable[Question]) -> Iterable[tuple[str, int]]:
+        waiting = list(questions)
+        for start in range(0, len(waiting), _PROMPTS_AT_ONCE):
+            some = waiting[start : start + _PROMPTS_AT_ONCE]
+            rendered = self.tokenize([question.example["prompt"] for question in some])
+            yield from ((question.question_id, prompt_hash(ids)) for question, ids in zip(some, rendered, strict=True))
+
+    def collected(self, question_id: str) -> None:
+        """Take note of new completions of a question: there is something to replay."""
+        self._unusable.discard(question_id)
+
+    def sampler(self, sampler: QuestionSampler) -> QuestionSampler | Callable[..., Sequence[str]]:
+        """The sampler, over what may be replayed."""
+        if not self._unusable:
+            return sampler
+        return lambda pool, num_questions, rng: sampler(_Usable(pool, self._unusable), num_questions, rng)
+
+    def completions(self, experiences: Sequence[Experience]) -> list[Experience]:
+        """Those of a question's completions that may be replayed."""
+        return [experience for experience in experiences if experience not in self._of_other_prompts]
+
+
+class _Usable:
+    """A pool without some of its questions. Walks it at every look, which only a changed dataset makes necessary."""
+
+    def __init__(self, pool: QuestionPool, unusable: set[str]) -> None:
+        self._pool, self._unusable = pool, unusable
+
+    @property
+    def group_size(self) -> int | None:
+        return self._pool.group_size
+
+    @property
+    def num_questions(self) -> int:
+        return sum(map(len, self.buckets().values()))
+
+    def buckets(self) -> Mapping[int, Sequence[str]]:
+        usable = {
+            bucket: [question_id for question_id in ids if question_id not in self._unusable]
+            for bucket, ids in self._pool.buckets().items()
+        }
+        return {bucket: ids for bucket, ids in usable.items() if ids}
+
+    def completions(self, question_id: str) -> Sequence[Experience]:
+        return self._pool.completions(question_id)
+
+
+def _rows(dataset: Dataset, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+    """Rows as the data loader gives them; many at once, where no format or transform makes something else of one."""
+    if dataset.format["type"] is not None:
+        yield from (dataset[row] for row in rows)
+        return
+    for batch in dataset.select(rows).iter(batch_size=1000):
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def _id_of_row(prompt_id: str, row: str) -> str:
+    return hashlib.sha256(f"{prompt_id}\n{row}".encode()).hexdigest()[:32]
