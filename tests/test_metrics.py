@@ -7,9 +7,8 @@ import pytest
 
 from exgrpo_trl import Experience, Question
 from exgrpo_trl.batch import Batch, Plan
-from exgrpo_trl.metrics import ReplayMetrics, SuccessWatch, importance_ratio_metrics
+from exgrpo_trl.metrics import ReplayMetrics, importance_ratio_metrics
 from exgrpo_trl.records import Replay
-from exgrpo_trl.success import SuccessRule
 
 
 def test_importance_ratio_metrics():
@@ -94,48 +93,3 @@ def test_seconds_of_messages_are_those_since_the_last_batch():
     assert metrics.flush()["replay/gathering_seconds"] == 1.0
     metrics.add_process_seconds({"gathering": 1.25, "broadcasting": 0.5})
     assert metrics.flush() == {"replay/gathering_seconds": 0.25, "replay/broadcasting_seconds": 0.0}
-
-
-@pytest.fixture
-def warnings_of(monkeypatch):
-    from exgrpo_trl import metrics
-
-    messages = []
-    monkeypatch.setattr(metrics.logger, "warning", messages.append)
-    return messages
-
-
-def test_a_warning_after_ten_batches_without_a_success(warnings_of):
-    watch = SuccessWatch(SuccessRule(["right"], [1.0], 1.0, None), is_needed=True)
-    for number in range(10):
-        assert not warnings_of
-        watch.observe(batch_of([[0.25, 0.5 + number / 100, float("nan")]]))
-    for _ in range(20):
-        watch.observe(batch_of([[0.25, 0.75, 0.0]]))
-    watch.warn()
-    (message,) = warnings_of
-    assert "10 generation batches" in message
-    assert "0.59" in message
-
-
-@pytest.mark.parametrize("is_needed", [True, False])
-def test_no_warning_after_a_success(warnings_of, is_needed):
-    watch = SuccessWatch(SuccessRule(["right"], [1.0], 1.0, None), is_needed=is_needed)
-    watch.observe(batch_of([[1.0 if is_needed else 0.0, 0.0]]))
-    for _ in range(20):
-        watch.observe(batch_of([[0.0, 0.0]]))
-    watch.warn()
-    assert not warnings_of
-
-
-def test_a_watch_goes_on_where_it_was(warnings_of):
-    watch, resumed = (
-        SuccessWatch(SuccessRule(["right"], [1.0], 1.0, None), is_needed=True),
-        SuccessWatch(SuccessRule(["right"], [1.0], 1.0, None), is_needed=True),
-    )
-    assert watch.state_dict()["best_reward"] is None
-    watch.observe(batch_of([[0.5, 0.0]]))
-    resumed.load_state_dict(watch.state_dict())
-    resumed.warn()
-    assert "1 generation batches" in warnings_of[0]
-    assert "0.5" in warnings_of[0]

@@ -300,10 +300,9 @@ def test_a_completion_whose_prompt_renders_to_other_tokens_is_not_replayed():
     replayer.collect()
     for buffer, expected in ((replayer.buffer, 2), (filled_buffer(4), 2)):
         resumed = make_replayer(buffer)
-        tokenize = resumed.tokenize
         resumed.begin_training()
         assert len(resumed.next_batch(K * NUM_GROUPS, 1).replays) == expected
-        resumed.tokenize = lambda prompts: [[*ids, 7] for ids in tokenize(prompts)]
+        resumed.tokenize = lambda prompts: [[int(prompt[1:], 36), 99, 7] for prompt in prompts]
         resumed.begin_training()
         # Completions that do not know their prompt (of an earlier version) are judged by the chat template.
         assert len(resumed.next_batch(K * NUM_GROUPS, 1).replays) == (0 if buffer is replayer.buffer else 2)

@@ -96,9 +96,9 @@ def test_names():
 @pytest.mark.parametrize(
     ("success_reward", "words"),
     [
-        (None, "each of accuracy, form that has an opinion gives at least success_threshold=1"),
-        ("weighted_sum", "the weighted sum of accuracy, form is at least success_threshold=1"),
-        ("form", "form gives at least success_threshold=1"),
+        (None, "each of accuracy, form that has an opinion gives at least success_threshold=1.0"),
+        ("weighted_sum", "the weighted sum of accuracy, form is at least success_threshold=1.0"),
+        ("form", "form gives at least success_threshold=1.0"),
     ],
 )
 def test_the_rule_in_words(success_reward, words):

@@ -2,18 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from transformers.utils import logging
 
 from .batch import Batch
-from .success import SuccessRule
-
-logger = logging.get_logger(__name__)
-
-# Generation batches without a single success after which the threshold is doubted.
-_PATIENCE = 10
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _QUANTILE_NAMES = (
@@ -125,52 +117,6 @@ class ReplayMetrics:
         sizes = {_OF_BUFFER.get(name, f"replay/{name}"): value for name, value in of_buffer.items()}
         reported = {f"replay/{name}": float(value) for name, value in of_strategies.items()}
         return self.flush() | sizes | reported | {"replay/tokens_saved": float(self.tokens_saved)}
-
-
-class SuccessWatch:
-    """Warns once where no completion of many batches counts as correct."""
-
-    def __init__(self, rule: SuccessRule, *, is_needed: bool) -> None:
-        self.rule = rule
-        self.best_reward = -np.inf
-        # None once a success was seen or the warning given.
-        self.num_batches_without_success: int | None = 0 if is_needed else None
-
-    def observe(self, batch: Batch) -> None:
-        """Take note of a batch whose rewards are known."""
-        if self.num_batches_without_success is None:
-            return
-        self.best_reward = np.fmax.reduce(batch.rewards[batch.is_fresh], initial=self.best_reward)
-        if batch.is_correct.any():
-            self.num_batches_without_success = None
-            return
-        self.num_batches_without_success += 1
-        if self.num_batches_without_success >= _PATIENCE:
-            self.warn()
-
-    def warn(self) -> None:
-        """Say so if there were batches, and none of them had a success."""
-        if not self.num_batches_without_success:
-            return
-        logger.warning(
-            f"No completion of {self.num_batches_without_success} generation batches was a success, so nothing was "
-            f"stored or replayed. {self.rule.description} The best reward seen is {self.best_reward:g}. Lower "
-            f"success_threshold. {self.rule.way_out} Continuous rewards want difficulty='reward_std' with "
-            "replay_start_pass_rate=None."
-        )
-        self.num_batches_without_success = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold; survives JSON."""
-        return {
-            "best_reward": None if np.isinf(self.best_reward) else float(self.best_reward),
-            "num_batches_without_success": self.num_batches_without_success,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.best_reward = -np.inf if state["best_reward"] is None else state["best_reward"]
-        self.num_batches_without_success = state["num_batches_without_success"]
 
 
 def importance_ratio_metrics(log_ratios: np.ndarray) -> dict[str, float]:

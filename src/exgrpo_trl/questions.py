@@ -117,13 +117,16 @@ class Replayable:
         self._of_other_prompts: set[Experience] = set()
 
     def examine(self, buffer: ReplayBuffer) -> str | None:
-        """Look at a whole buffer, once; says what cannot be replayed, and why."""
+        """Look at a whole buffer, once, and give it the present rows; says what cannot be replayed, and why."""
         completions: dict[str, list[Experience]] = {}
         stored: dict[str, Question] = {}
         for question, _, experience in buffer.items():
             completions.setdefault(question.question_id, []).append(experience)
             stored[question.question_id] = question
         present = {question_id: self.questions.present(question) for question_id, question in stored.items()}
+        for question in present.values():
+            if question is not None:
+                buffer.update(question)
         gone = {question_id for question_id, question in present.items() if question is None}
         for question_id, now in self._prompt_hashes(q for q in present.values() if q is not None):
             # One that does not know its prompt was checked by its chat template.

@@ -14,7 +14,8 @@ from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
 from .dataset import DroppedQuestions
-from .metrics import ReplayMetrics, SuccessWatch
+from .metrics import ReplayMetrics
+from .notices import Notices
 from .processes import Processes
 from .questions import Replayable, TrainingQuestions
 from .records import Candidate, Experience, Question, Replay
@@ -101,8 +102,8 @@ class Replayer:
         self.metrics = ReplayMetrics()
         self.is_started = args.replay_start_pass_rate is None
         self._log_ratios: list[np.ndarray] = []  # of this process, since the last log line
-        needs_success = strategies.admission.requires_success or not self.is_started
-        self.success_watch = SuccessWatch(success_rule, is_needed=needs_success)
+        self.notices = Notices(args, success_rule, requires_success=strategies.admission.requires_success)
+        self._has_begun = False
         self._version_offset = 0
 
     @property
@@ -120,7 +121,7 @@ class Replayer:
         """Let policy versions go on above those in the buffer, so that no stored completion comes from the future."""
         self.collect()  # the batch of a run that was interrupted
         self._forget_batches()
-        self.is_stopped = False
+        self.is_stopped = self._has_begun = False
         self.processes.decide("reading the experience buffer", self._begin_training)
 
     def stop(self, reason: str) -> None:
@@ -174,6 +175,9 @@ class Replayer:
         questions: dict[str, Question] = {}
 
         def draw() -> tuple[bool, list[Prompted]]:
+            if not self._has_begun:
+                self.notices.start(self.buffer, self.is_started)
+            self._has_begun = True
             candidates.update(self._draw(global_step))
             questions.update((question_id, self._question(question_id)) for question_id in candidates)
             return self.is_started, self._to_score(questions, candidates)
@@ -314,7 +318,7 @@ class Replayer:
                 batch.is_trained = True
                 self.metrics.add_batch(batch)
                 if self.processes.is_main:
-                    self.success_watch.observe(batch)
+                    self.notices.observe(batch)
         return trained
 
     def collect(self) -> None:
@@ -372,7 +376,7 @@ class Replayer:
         """Collect the last batch, and say so if no completion ever counted as correct."""
         self.collect()
         if self.processes.is_main:
-            self.success_watch.warn()
+            self.notices.end(self.buffer, self.metrics.tokens_saved)
 
     # Logs and state
 
@@ -433,7 +437,7 @@ class Replayer:
                 "tokens_saved": self.metrics.tokens_saved,
                 "rng": self.rng.bit_generator.state,
                 "version_offset": self._version_offset,
-                **self.success_watch.state_dict(),
+                **self.notices.state_dict(),
             },
             "dropped_questions": self.dropped_questions.state_dict(),
             "strategies": self.strategies.state_dict(),
@@ -447,7 +451,7 @@ class Replayer:
         self.metrics.tokens_saved = mine["tokens_saved"]
         self.rng.bit_generator.state = mine["rng"]
         self._version_offset = mine["version_offset"]
-        self.success_watch.load_state_dict(mine)
+        self.notices.load_state_dict(mine)
         self.dropped_questions.load_state_dict(state["dropped_questions"])
         if state.get("state_version", 1) >= 2:
             self.strategies.load_state_dict(state["strategies"])

@@ -69,7 +69,7 @@ class SuccessRule:
         else:
             rule = f"each of {', '.join(self.names)} that has an opinion gives"
         return (
-            f"A completion is a success when {rule} at least success_threshold={self.threshold:g} "
+            f"A completion is a success when {rule} at least success_threshold={self.threshold} "
             f"(success_reward={self.success_reward!r})."
         )
 

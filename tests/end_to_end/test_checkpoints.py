@@ -195,9 +195,15 @@ def test_another_tokenizer_is_an_error(tmp_path, checkpoint):
         resume(tmp_path, checkpoint, processing_class=tiny_tokenizer(extra="_"))
 
 
-def test_another_chat_template_is_an_error(tmp_path, checkpoint):
+def test_another_chat_template_is_an_error_where_prompts_cannot_be_compared(tmp_path):
+    """A checkpoint of a version that did not keep the tokens of prompts knows the text of the template alone."""
+    from recorded_run import CHECKPOINT, recorded_trainer
+
+    copied = shutil.copytree(CHECKPOINT, tmp_path / CHECKPOINT.name)
+    other = tiny_tokenizer(chat_template="{{ messages }}")
+    trainer = recorded_trainer("scripted", tmp_path / "out", processing_class=other)
     with pytest.raises(ExperienceBufferError, match=r"experience buffer.*another chat template"):
-        resume(tmp_path, checkpoint, processing_class=tiny_tokenizer(chat_template="{{ messages }}"))
+        trainer.train(resume_from_checkpoint=str(copied))
 
 
 def test_shorter_completions_are_an_error(tmp_path, checkpoint):

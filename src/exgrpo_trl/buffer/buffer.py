@@ -249,6 +249,15 @@ class ExperienceBuffer:
         self._apply_capacity()
         return num_inserted
 
+    def update(self, question: Question) -> None:
+        """
+        Replace the stored row of a question, for instance by one with a corrected answer.
+
+        Raises:
+            KeyError: if the buffer holds no completion of that question.
+        """
+        self._stored(question.question_id).question = question
+
     def sample_questions(self, n: int, sampler: SamplingFunction | None = None) -> list[str]:
         """
         Draw distinct stored questions.
