@@ -13,35 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from same_values import object_array, same
 
 from exgrpo_trl.examples import decode_example, encode_example, question_id_of, question_of_row
-
-
-def same(left, right):
-    """Equal in value and in every type, dtype and shape; NaN equals NaN, tensors are compared by bits."""
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, dict):
-        return same(list(left.items()), list(right.items()))
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(same, left, right))
-    if isinstance(left, set | frozenset):
-        return same(sorted(left, key=repr), sorted(right, key=repr))
-    if isinstance(left, torch.Tensor):
-        return (left.dtype, left.shape) == (right.dtype, right.shape) and bits(left) == bits(right)
-    if isinstance(left, np.ndarray) and left.dtype.kind in "OT":
-        return (left.dtype, left.shape) == (right.dtype, right.shape) and same(left.tolist(), right.tolist())
-    if isinstance(left, np.ndarray | np.generic) and not isinstance(left, str | bytes):
-        if left.dtype.char in "gGV":  # with bytes between the values that hold nothing
-            return (left.dtype, repr(left.tolist())) == (right.dtype, repr(right.tolist()))
-        return (left.dtype, left.shape) == (right.dtype, right.shape) and left.tobytes() == right.tobytes()
-    if isinstance(left, dt.datetime | dt.time) and left is not pd.NaT:
-        return repr(left) == repr(right) and left.tzinfo == right.tzinfo and left.fold == right.fold
-    return repr(left) == repr(right)
-
-
-def bits(tensor):
-    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
 def test_question_id_depends_on_the_prompt_only():
@@ -80,12 +54,6 @@ def test_formatted_messages_have_the_id_of_the_plain_ones(collect):
         formatted = collect([{np.str_("role"): "system", "content": "Count."}, {"role": "user", "content": content}])
         assert question_id_of(formatted) == question_id_of(messages)
     assert question_id_of(collect([system])) == question_id_of([system])
-
-
-def object_array(*items):
-    array = np.empty(len(items), dtype=object)
-    array[:] = items
-    return array
 
 
 def test_example_round_trip_is_exact():
@@ -160,6 +128,7 @@ VALUES = {
         torch.tensor([math.nan, -0.0, math.inf], dtype=torch.bfloat16),
         torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1)[:, 1],
         torch.ones(1).expand(3, 2),
+        torch.ones(()).expand(1),
         torch.tensor([1 + 2j]).conj(),
         *(
             torch.arange(6, dtype=torch.uint8).reshape(2, 3).to(getattr(torch, dtype))

@@ -85,28 +85,34 @@ def row_question_id(row: Mapping[str, Any], question_id_column: str | None) -> s
     """Id of the question of a dataset row."""
     if question_id_column is None:
         return question_id_of(row["prompt"])
-    if row.get(question_id_column) is None:
+    value = plain(row.get(question_id_column))
+    if value is None:
         raise ValueError(
             f"question_id_column={question_id_column!r} is missing from a row of the training dataset, which has "
             f"{sorted(row)}. Name a column that every row fills, or use None to identify questions by their prompt."
         )
-    return str(row[question_id_column])
+    return str(value)
 
 
 def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[str]:
-    """Ids of all questions of a map-style dataset, in row order."""
+    """Ids of all questions of a map-style dataset, in row order; its format does not matter."""
+    rows = dataset
+    if dataset.format["type"] != "custom":  # a transform may give the rows columns that the dataset has not
+        if question_id_column is not None and question_id_column not in dataset.column_names:
+            raise ValueError(
+                f"question_id_column={question_id_column!r} is not a column of the training dataset, which has "
+                f"{dataset.column_names} for the data loader (see remove_unused_columns). Name one of these, or use "
+                "None to identify questions by their prompt."
+            )
+        # Without the format: to make arrays of all rows takes several times longer.
+        rows = dataset.with_format(None).select_columns(sorted({question_id_column or "prompt", "prompt"}))
     if question_id_column is None:
-        return [question_id_of(prompt) for prompt in dataset["prompt"]]
-    if question_id_column not in dataset.column_names:
-        raise ValueError(
-            f"question_id_column={question_id_column!r} is not a column of the training dataset, which has "
-            f"{dataset.column_names}. Name one of these, or use None to identify questions by their prompt."
-        )
-    rows = dataset.select_columns(sorted({question_id_column, "prompt"}))
-    question_ids = [row_question_id(row, question_id_column) for row in rows]
+        return [question_id_of(row["prompt"]) for row in rows]
+    question_ids = []
     first_prompts: dict[str, str] = {}
-    for question_id, prompt in zip(question_ids, rows["prompt"], strict=True):
-        prompt_hash = question_id_of(prompt)
+    for row in rows:
+        question_id, prompt_hash = row_question_id(row, question_id_column), question_id_of(row["prompt"])
+        question_ids.append(question_id)
         if first_prompts.setdefault(question_id, prompt_hash) != prompt_hash:
             raise ValueError(
                 f"question_id_column={question_id_column!r} gives the id {question_id!r} to two different prompts. "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
+from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
@@ -178,7 +179,10 @@ class ExGRPOTrainer(GRPOTrainer):
             self._rollouts = VLLMRollouts(
                 self.vllm_generation, self._processes, getattr(self, "vllm_tensor_parallel_size", 1)
             )
-        check_dataset(self.train_dataset, args)
+        dataset = self.train_dataset
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        check_dataset(dataset, args)
         self._processes.decide(
             "checking the experience buffer", lambda: self._check_buffer(buffer, "given to the trainer")
         )

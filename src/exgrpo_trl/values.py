@@ -356,8 +356,11 @@ def _is_dense(tensor: Any) -> bool:
 
 
 def _tensor_fields(value: Any, column: str | None) -> dict[str, Any]:
-    tensor = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    content = tensor.view(sys.modules["torch"].uint8).numpy().tobytes()
+    torch = sys.modules["torch"]
+    tensor = value.detach().cpu().resolve_conj().resolve_neg()
+    # Not `contiguous()`, which leaves a single item with any stride, and `view` then refuses it.
+    flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
+    content = flat.view(torch.uint8).numpy().tobytes()
     name = str(value.dtype).removeprefix("torch.")
     return {"dtype": name, "shape": list(value.shape), "value": _to_base64(content)}
 
