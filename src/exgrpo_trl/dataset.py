@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from transformers.utils import logging
 
 from .config import ExGRPOConfig
-from .examples import dataset_question_ids, encode_example
+from .examples import dataset_question_ids, encode_example, row_question_id
 
 logger = logging.get_logger(__name__)
 
@@ -35,11 +35,13 @@ def check_dataset(dataset: Any, args: ExGRPOConfig) -> None:
     """
     if isinstance(dataset, Dataset):
         _check_features(dataset)
-        if len(dataset):
-            # As the data loader gets it: where a formatter or a transform decides what a row is, no schema tells.
-            encode_example(dataset.__getitems__([0])[0])
         if args.question_id_column is not None:
             dataset_question_ids(dataset, args.question_id_column)
+        if len(dataset):
+            # As the data loader gets it: where a formatter or a transform decides what a row is, no schema tells.
+            row = dataset.__getitems__([0])[0]
+            encode_example(row)
+            row_question_id(row, args.question_id_column)
     elif args.drop_retired_questions and args.retire_solved:
         logger.warning(
             "drop_retired_questions has no effect on an iterable dataset: retired questions leave the buffer, but "

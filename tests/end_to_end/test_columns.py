@@ -242,6 +242,9 @@ def test_columns_that_no_reward_sees_may_hold_anything(tmp_path):
 def test_an_id_column_that_the_data_loader_removes_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"question_id_column='uid'.*\['prompt'\].*remove_unused_columns"):
         make_trainer(tmp_path, question_id_column="uid", remove_unused_columns=True)
+    dataset = tiny_dataset().with_format("numpy", columns=["prompt", "answer"])
+    with pytest.raises(ValueError, match=r"question_id_column='uid' is missing.*\['answer', 'prompt'\]"):
+        make_trainer(tmp_path, train_dataset=dataset, question_id_column="uid")
 
 
 def test_a_transform_to_what_cannot_be_saved_is_refused(tmp_path):
