@@ -102,6 +102,16 @@ def test_stored_rows_take_the_place_of_dataset_rows():
     assert first.questions[1].example["answer"] == ["b"]
 
 
+def test_stored_tensors_go_to_the_device_of_the_fresh_ones():
+    """A GPU would need one; `meta` stands for it."""
+    replay = Replay(Question("old", {"prompt": "old", "x": torch.ones(2), "y": [1]}), experience(1), 0)
+    batch = Batch(Plan(0, True, (replay,)), 0, 6, num_groups=2, group_size=3)
+    rows = [{"prompt": "a", "x": torch.ones(2, device="meta" if i < 2 else "cpu"), "y": [1]} for i in range(6)]
+    placed = batch.place(rows, id_of)
+    assert [row["x"].device.type for row in placed] == ["meta"] * 2 + ["cpu"] * 4
+    assert placed[0]["y"] == [1]
+
+
 def test_a_group_belongs_to_the_process_of_its_first_row():
     batch = Batch(Plan(0, True), first_row=4, num_rows=4, num_groups=4, group_size=3)
     batch.place([{"prompt": str(row)} for row in range(4, 8)], id_of)

@@ -22,7 +22,7 @@ def test_import_is_free_of_heavy_libraries() -> None:
     assert run(f"import sys, exgrpo_trl; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
-@pytest.mark.parametrize("module", ["records", "examples", "buffer", "buffer.files", "strategies", "cli"])
+@pytest.mark.parametrize("module", ["records", "values", "examples", "buffer", "buffer.files", "strategies", "cli"])
 def test_the_buffer_side_is_free_of_torch(module: str) -> None:
     heavy = "{'torch', 'trl', 'transformers', 'datasets'}"
     assert run(f"import sys, exgrpo_trl.{module}; print({heavy} & set(sys.modules))").strip() == "set()"
@@ -63,8 +63,9 @@ def test_py_typed_is_shipped() -> None:
 
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
-    "records", "examples", "strategies", "buffer", "cli", "batch", "processes", "scoring", "rollouts", "success",
-    "metrics", "config", "questions", "dataset", "checkpoints", "notices", "compatibility", "replayer", "trainer",
+    "records", "values", "examples", "strategies", "buffer", "cli", "batch", "processes", "scoring", "rollouts",
+    "success", "metrics", "config", "questions", "dataset", "checkpoints", "notices", "compatibility",
+    "replayer", "trainer",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import find_device, send_to_device
 
 from .examples import question_of_row, stored_row
 from .records import Experience, Question, Replay, prompt_hash
@@ -182,7 +183,10 @@ class Batch:
         for position, row in enumerate(inputs):
             group, slot = divmod(self.first_row + position, self.group_size)
             if group in self.replayed_questions:
-                placed.append(stored_row(self.replayed_questions[group], row))
+                stored = stored_row(self.replayed_questions[group], row)
+                # Questions are kept on the CPU; the data loader brings tensors of fresh rows to the device.
+                device = find_device(row)
+                placed.append(stored if device is None else send_to_device(stored, device))
                 continue
             if slot == 0:
                 self.questions[group] = question_of_row(row, id_of(row))

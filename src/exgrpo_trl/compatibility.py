@@ -30,6 +30,7 @@ _HOOKS = {
     "training_step": ("model", "inputs"),
     "_compute_loss": ("model", "inputs"),
     "_get_train_sampler": (),
+    "_remove_unused_columns": ("dataset", "description"),
     "_save_checkpoint": ("model", "trial"),
     "_save_rng_state": ("output_dir",),
     "train": ("resume_from_checkpoint",),

@@ -10,22 +10,74 @@ from torch.utils.data import Sampler
 from transformers.utils import logging
 
 from .config import ExGRPOConfig
-from .examples import encode_example
+from .examples import encode_example, row_question_id
 from .questions import TrainingQuestions
 
 logger = logging.get_logger(__name__)
 
+# Features whose values, once decoded, are open files or objects of other libraries.
+_MEDIA = ("Audio", "BioSequence", "BioStructure", "Image", "Mesh", "Nifti", "Pdf", "Video")
+
 
 def check_dataset(dataset: Any, args: ExGRPOConfig) -> None:
-    """Look for trouble while nothing is lost yet: rows that cannot be saved, ids that identify nothing."""
+    """
+    Look for trouble while nothing is lost yet: rows that cannot be saved, ids that identify nothing.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or anything else that TRL trains on):
+            Training dataset, with the columns that the data loader will see.
+        args ([`ExGRPOConfig`]):
+            Configuration of the trainer.
+
+    Raises:
+        TypeError: if a column holds what cannot be saved.
+        ValueError: if the ids of `args.question_id_column` identify nothing.
+    """
     if isinstance(dataset, Dataset):
+        _check_features(dataset)
         if len(dataset):
-            encode_example(dataset[0])
+            # As the data loader gets it: where a formatter or a transform decides what a row is, no schema tells.
+            row = dataset.__getitems__([0])[0]
+            encode_example(row)
+            row_question_id(row, args.question_id_column)
     elif args.drop_retired_questions and args.retire_solved:
         logger.warning(
             "drop_retired_questions has no effect on an iterable dataset: retired questions leave the buffer, but "
             "still come up in the stream. Set drop_retired_questions=False to silence this."
         )
+
+
+def _check_features(dataset: Dataset) -> None:
+    """Refuse columns whose type cannot be saved, whichever rows are null."""
+    row_format = dataset.format
+    if row_format["type"] == "custom":
+        return
+    # Pixels, where the format is one of arrays.
+    storable = ("Image",) if row_format["type"] in ("numpy", "torch") else ()
+    columns = dataset.column_names if row_format["output_all_columns"] else row_format["columns"]
+    for column in columns:
+        is_formatted = column in row_format["columns"]
+        media = _media_in(dataset.features[column], storable if is_formatted else ())
+        if media is not None:
+            raise TypeError(
+                f"Column {column!r} of the training dataset holds {media}, which an experience buffer cannot save. "
+                f"Drop the column, cast it to {media}(decode=False), set remove_unused_columns=True if no reward "
+                "function needs it, or set replay_fraction=0."
+            )
+
+
+def _media_in(feature: Any, storable: Collection[str]) -> str | None:
+    """Name of a type in a column's feature, nested to any depth, whose values cannot be saved."""
+    if isinstance(feature, Mapping):
+        parts = list(feature.values())
+    elif isinstance(feature, list | tuple):
+        parts = list(feature)
+    else:
+        name = type(feature).__name__
+        if name in _MEDIA and name not in storable and getattr(feature, "decode", True):
+            return name
+        parts = [feature.feature] if hasattr(feature, "feature") else []
+    return next((media for part in parts if (media := _media_in(part, storable)) is not None), None)
 
 
 class DroppedQuestions:

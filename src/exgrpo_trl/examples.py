@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from datetime import date, datetime
 from typing import Any
 
 from .records import Question
+from .values import copied, from_json, plain, to_json
 
-_TYPE_KEY = "__exgrpo_type__"
+# Made once: `json.dumps` makes an encoder for every prompt.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 def question_id_of(prompt: str | Sequence[Mapping[str, Any]]) -> str:
@@ -24,7 +23,8 @@ def question_id_of(prompt: str | Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         prompt (`str` or `list[dict]`):
-            Plain or conversational prompt.
+            Plain or conversational prompt. NumPy values, tensors and tuples in it count as the plain Python values
+            that they stand for: a formatted dataset has the ids of the unformatted one.
 
     Returns:
         `str`: 32 hexadecimal digits.
@@ -32,36 +32,43 @@ def question_id_of(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     Raises:
         TypeError: if the prompt is neither text nor a list of messages, or holds a value that JSON cannot carry.
     """
-    if not isinstance(prompt, str | list | tuple):
+    unformatted = plain(prompt)
+    if not isinstance(unformatted, str | list):
         raise TypeError(
             f"A prompt must be a string or a list of messages, got {type(prompt).__name__}. "
             "Set `question_id_column` if questions are identified by another column."
         )
-    plain = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-    canonical = json.dumps(_to_json(plain, "prompt"), sort_keys=True, separators=(",", ":"))
+    if isinstance(unformatted, list):
+        unformatted = [dict(message) for message in unformatted]
+    canonical = _CANONICAL.encode(to_json(unformatted, "prompt"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
 def encode_example(example: Mapping[str, Any]) -> str:
     """
-    JSON text of a dataset row; [`decode_example`] gives the row back exactly.
+    JSON text of a dataset row; [`decode_example`] gives the row back exactly: values, types, dtypes and shapes.
 
     Args:
         example (`Mapping[str, Any]`):
-            Row of `str`, `int`, `float` (NaN and infinities too), `bool`, `None`, `list`, `dict`, `datetime`, `date`
-            and `bytes` values, nested to any depth.
+            Row of `str`, `int`, `float` (NaN and infinities too), `complex`, `bool`, `None`, `bytes`, `Decimal`,
+            `datetime`, `date`, `time`, `timedelta`, `list`, `tuple`, `dict`, `set` and `frozenset` values, NumPy
+            scalars and arrays, dense torch tensors (which come back on the CPU, without gradient), and pandas'
+            `Timestamp`, `Timedelta`, `NaT` and `NA`; nested to any depth.
 
     Raises:
-        TypeError: if a column holds any other type.
+        TypeError: if a column holds any other type, subclasses of these included.
     """
     if not all(type(column) is str for column in example):
         raise TypeError(f"The columns of an example must be strings, got {list(example)}.")
-    return json.dumps(_to_json_dict({column: _to_json(value, column) for column, value in example.items()}))
+    return json.dumps(to_json(dict(example)))
 
 
 def decode_example(text: str) -> dict[str, Any]:
     """
     Row that [`encode_example`] turned into `text`.
+
+    This never imports torch. As long as nothing else has, tensors come as NumPy arrays: bfloat16 as float32, any other
+    dtype that NumPy lacks as its bytes.
 
     Args:
         text (`str`):
@@ -70,79 +77,47 @@ def decode_example(text: str) -> dict[str, Any]:
     Raises:
         ValueError: if `text` is not the JSON of a row.
     """
-    example = json.loads(text, object_hook=_from_json_dict)
+    example = from_json(text)
     if not isinstance(example, dict):
         raise ValueError(f"An encoded example must be a JSON object, got {text[:80]!r}.")
     return example
-
-
-def _to_json(value: Any, column: str) -> Any:
-    # Exact types on purpose: a NumPy scalar, an enum or a tuple would come back as something else.
-    kind = type(value)
-    if value is None or kind in (str, int, float, bool):
-        return value
-    if kind is list:
-        return [_to_json(item, column) for item in value]
-    if kind is dict and all(type(key) is str for key in value):
-        return _to_json_dict({key: _to_json(item, column) for key, item in value.items()})
-    if kind in (datetime, date):
-        return {_TYPE_KEY: kind.__name__, "value": value.isoformat()}
-    if kind is bytes:
-        return {_TYPE_KEY: "bytes", "value": base64.b64encode(value).decode()}
-    what = "dict with keys that are not strings" if kind is dict else f"{kind.__module__}.{kind.__qualname__}"
-    raise TypeError(
-        f"Column {column!r} holds a value of type {what}, which an experience buffer cannot save. Drop the column "
-        "from the dataset or convert it to plain Python values (str, int, float, bool, None, list, dict, datetime, "
-        "date, bytes)."
-    )
-
-
-def _to_json_dict(value: dict[str, Any]) -> dict[str, Any]:
-    # A dict that happens to use our own key goes as a list of pairs, so that it is never taken for a tagged value.
-    return {_TYPE_KEY: "dict", "value": [[*pair] for pair in value.items()]} if _TYPE_KEY in value else value
-
-
-def _from_json_dict(value: dict[str, Any]) -> Any:
-    if _TYPE_KEY not in value:
-        return value
-    kind, content = value[_TYPE_KEY], value["value"]
-    if kind == "datetime":
-        return datetime.fromisoformat(content)
-    if kind == "date":
-        return date.fromisoformat(content)
-    if kind == "bytes":
-        return base64.b64decode(content)
-    if kind == "dict":
-        return dict(content)
-    raise ValueError(f"An encoded example holds the unknown type {kind!r}.")
 
 
 def row_question_id(row: Mapping[str, Any], question_id_column: str | None) -> str:
     """Id of the question of a dataset row."""
     if question_id_column is None:
         return question_id_of(row["prompt"])
-    if row.get(question_id_column) is None:
+    value = plain(row.get(question_id_column))
+    if value is None:
         raise ValueError(
             f"question_id_column={question_id_column!r} is missing from a row of the training dataset, which has "
-            f"{sorted(row)}. Name a column that every row fills, or use None to identify questions by their prompt."
+            f"{sorted(row)} for the data loader (see remove_unused_columns). Name a column that every row fills, or use "
+            "None to identify questions by their prompt."
         )
-    return str(row[question_id_column])
+    return str(value)
 
 
 def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[str]:
-    """Ids of all questions of a map-style dataset, in row order."""
+    """Ids of all questions of a map-style dataset, in row order; its format does not matter."""
+    rows = dataset
+    if dataset.format["type"] != "custom":  # a transform may give the rows columns that the dataset has not
+        if question_id_column is not None and question_id_column not in dataset.column_names:
+            raise ValueError(
+                f"question_id_column={question_id_column!r} is not a column of the training dataset, which has "
+                f"{dataset.column_names} for the data loader (see remove_unused_columns). Name one of these, or use "
+                "None to identify questions by their prompt."
+            )
+        # Without the format: to make arrays of all rows takes several times longer.
+        rows = dataset.with_format(None).select_columns(sorted({question_id_column or "prompt", "prompt"}))
+    if question_id_column is None and rows is dataset:
+        return [question_id_of(row["prompt"]) for row in rows]
     if question_id_column is None:
-        return [question_id_of(prompt) for prompt in dataset["prompt"]]
-    if question_id_column not in dataset.column_names:
-        raise ValueError(
-            f"question_id_column={question_id_column!r} is not a column of the training dataset, which has "
-            f"{dataset.column_names}. Name one of these, or use None to identify questions by their prompt."
-        )
-    rows = dataset.select_columns(sorted({question_id_column, "prompt"}))
-    question_ids = [row_question_id(row, question_id_column) for row in rows]
+        return [question_id_of(prompt) for batch in rows.iter(batch_size=1000) for prompt in batch["prompt"]]
+    question_ids = []
     first_prompts: dict[str, str] = {}
-    for question_id, prompt in zip(question_ids, rows["prompt"], strict=True):
-        prompt_hash = question_id_of(prompt)
+    for row in rows:
+        question_id, prompt_hash = row_question_id(row, question_id_column), question_id_of(row["prompt"])
+        question_ids.append(question_id)
         if first_prompts.setdefault(question_id, prompt_hash) != prompt_hash:
             raise ValueError(
                 f"question_id_column={question_id_column!r} gives the id {question_id!r} to two different prompts. "
@@ -162,12 +137,14 @@ def stored_row(question: Question, like: Mapping[str, Any]) -> dict[str, Any]:
 
     It has the columns of the row whose place it takes; in a stream of ragged rows it may lack one, which is then None.
     """
-    return {column: copy.deepcopy(question.example.get(column)) for column in like}
+    return {column: copied(question.example.get(column)) for column in like}
 
 
 def question_of_row(row: Mapping[str, Any], question_id: str) -> Question:
     """
     Question of a dataset row, with a copy of the row: reward functions may write into the rows that they are given.
+
+    Raises:
+        TypeError: if a column holds what cannot be stored.
     """
-    encode_example(row)
-    return Question(question_id, copy.deepcopy(dict(row)))
+    return Question(question_id, copied(dict(row)))

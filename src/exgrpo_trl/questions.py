@@ -95,7 +95,7 @@ class TrainingQuestions:
         if self.is_stream:
             return question
         rows = self.rows_of(question.question_id)
-        return Question(question.question_id, dict(self.dataset[rows[0]])) if rows else None
+        return Question(question.question_id, dict(next(_rows(self.dataset, [rows[0]])))) if rows else None
 
 
 class Replayable:
@@ -124,13 +124,13 @@ class Replayable:
             completions.setdefault(question.question_id, []).append(experience)
             stored[question.question_id] = question
         present = {question_id: self.questions.present(question) for question_id, question in stored.items()}
-        for question in present.values():
-            if question is not None:
-                buffer.update(question)
+        for now in present.values():
+            if now is not None:
+                buffer.update(now)
         gone = {question_id for question_id, question in present.items() if question is None}
-        for question_id, now in self._prompt_hashes(q for q in present.values() if q is not None):
+        for question_id, rendered in self._prompt_hashes(q for q in present.values() if q is not None):
             # One that does not know its prompt was checked by its chat template.
-            other = {e for e in completions[question_id] if e.prompt_hash not in (now, UNKNOWN_PROMPT)}
+            other = {e for e in completions[question_id] if e.prompt_hash not in (rendered, UNKNOWN_PROMPT)}
             self._of_other_prompts |= other
             if len(other) == len(completions[question_id]):
                 self._unusable.add(question_id)
@@ -194,8 +194,8 @@ class _Usable:
 
 def _rows(dataset: Dataset, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
     """Rows as the data loader gives them; many at once, where no format or transform makes something else of one."""
-    if dataset.format["type"] is not None:
-        yield from (dataset[row] for row in rows)
+    if dataset.format["type"] is not None or len(rows) == 1:
+        yield from (dataset.__getitems__([row])[0] for row in rows)
         return
     for batch in dataset.select(rows).iter(batch_size=1000):
         yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

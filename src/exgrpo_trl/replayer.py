@@ -263,9 +263,9 @@ class Replayer:
         return Replay(question, choices[index].experience, row, choices[index].entropy)
 
     def _question(self, question_id: str) -> Question:
-        """A stored question as it is in the dataset now."""
-        stored: Question = self.buffer.question(question_id)
-        return self.questions.present(stored) or stored
+        """A stored question: its row is that of the present dataset since the buffer has been examined."""
+        question: Question = self.buffer.question(question_id)
+        return question
 
     def observe(self, batch: Batch, output: Mapping[str, torch.Tensor]) -> None:
         """

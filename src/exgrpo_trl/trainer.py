@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
+from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
@@ -171,8 +172,7 @@ class ExGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *positional, **keywords)
 
         self._processes = Processes(self.accelerator)
-        # Without replay the ids are not needed, and nothing about them may be an error.
-        questions = TrainingQuestions(self.train_dataset if self._is_replay_enabled else None, args.question_id_column)
+        questions = self._training_questions()
         self.replayer = Replayer(
             buffer,
             args,
@@ -198,12 +198,22 @@ class ExGRPOTrainer(GRPOTrainer):
             self._rollouts = VLLMRollouts(
                 self.vllm_generation, self._processes, getattr(self, "vllm_tensor_parallel_size", 1)
             )
-        check_dataset(self.train_dataset, args)
-        if questions.told and self._processes.is_main:
-            logger.warning(questions.told)
         self._processes.decide(
             "checking the experience buffer", lambda: self._check_buffer(buffer, "given to the trainer")
         )
+
+    def _training_questions(self) -> TrainingQuestions:
+        """Questions of the dataset as the data loader will see it."""
+        if not self._is_replay_enabled:  # ids are not needed, and nothing about them may be an error
+            return TrainingQuestions(None, None)
+        dataset = self.train_dataset
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        check_dataset(dataset, self.args)
+        questions = TrainingQuestions(dataset, self.args.question_id_column)
+        if questions.told and self._processes.is_main:
+            logger.warning(questions.told)
+        return questions
 
     # What an IDE or a notebook shows: TRL's arguments, whichever they are in the installed release, and ours.
     __init__.__signature__ = _signature(__init__)  # type: ignore[attr-defined]

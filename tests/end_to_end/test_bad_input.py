@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import trl
-from datasets import Dataset
 from tiny import first_letter_reward, make_trainer, tiny_arguments, tiny_dataset
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
@@ -163,14 +162,6 @@ def test_a_row_without_an_id_is_refused(tmp_path):
     dataset = tiny_dataset().remove_columns("uid").add_column("uid", [*"abcdefghijklmno", None])
     with pytest.raises(ValueError, match=r"question_id_column='uid' is missing"):
         make_trainer(tmp_path, train_dataset=dataset, question_id_column="uid")
-
-
-def test_a_column_that_cannot_be_saved_is_refused(tmp_path):
-    from datetime import timedelta
-
-    dataset = Dataset.from_dict({"prompt": ["a"] * 16, "duration": [timedelta(days=1)] * 16})
-    with pytest.raises(TypeError, match=r"duration.*timedelta"):
-        make_trainer(tmp_path, train_dataset=dataset)
 
 
 def filled_buffer(num_tokens=3, token=5, example=None, **options):

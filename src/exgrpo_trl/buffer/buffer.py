@@ -13,6 +13,7 @@ import numpy as np
 from ..records import Experience, Question
 from ..strategies.eviction import EvictionFunction, Oldest
 from ..strategies.samplers import GaussianSampler, SamplingFunction, check_drawn
+from ..values import plain
 from .indices import BucketView
 from .invariants import violations
 from .store import Store, StoredQuestion
@@ -427,7 +428,8 @@ class ExperienceBuffer:
 
     def _check_prompt(self, question: Question) -> None:
         stored = self._store.questions.get(question.question_id)
-        if stored is not None and stored.question.example["prompt"] != question.example["prompt"]:
+        # `plain`, because arrays in a prompt do not compare as a whole.
+        if stored is not None and plain(stored.question.example["prompt"]) != plain(question.example["prompt"]):
             raise ValueError(
                 f"Question id {question.question_id!r} belongs to two prompts: "
                 f"{stored.question.example['prompt']!r} and {question.example['prompt']!r}. Identify questions by a "
