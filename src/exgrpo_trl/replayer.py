@@ -13,7 +13,7 @@ from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
 from .dataset import DroppedQuestions
-from .metrics import ReplayMetrics, SuccessWatch
+from .metrics import LogRatios, ReplayMetrics, SuccessWatch
 from .processes import Processes
 from .records import Candidate, Experience, Replay
 from .scoring import Prompted, Scores, add_scores, score_candidates
@@ -74,7 +74,7 @@ class Replayer:
         self.rng = np.random.default_rng([args.seed, 1])  # a stream apart from the buffer's
         self.metrics = ReplayMetrics()
         self.is_started = args.replay_start_pass_rate is None
-        self._log_ratios: list[np.ndarray] = []  # of this process, since the last log line
+        self.log_ratios = LogRatios()  # of this process, since the last log line
         needs_success = strategies.admission.requires_success or not self.is_started
         self.success_watch = SuccessWatch(args.success_threshold, is_needed=needs_success)
         self._version_offset = 0
@@ -268,15 +268,15 @@ class Replayer:
 
     def add_log_ratios(self, log_ratios: np.ndarray) -> None:
         """Note the log importance ratios of replayed tokens of this process, shape `(N,)`, nats."""
-        self._log_ratios.append(log_ratios.astype(np.float32))
+        self.log_ratios.add(log_ratios)
 
     def log_metrics(self) -> dict[str, float]:
         """Metrics since the last log line, on the main process."""
-        mine, self._log_ratios = self._log_ratios, []
-        gathered = self.processes.gather(np.concatenate(mine) if mine else np.zeros(0, dtype=np.float32))
+        gathered = self.processes.gather(self.log_ratios)
+        self.log_ratios = LogRatios()
         if not self.processes.is_main:
             return {}
-        self.metrics.add_log_ratios(np.concatenate(gathered))
+        self.metrics.add_log_ratios(gathered)
         return self.metrics.line(self.buffer.metrics(), self.strategies.metrics())
 
     def save(self, checkpoint: str) -> None:
