@@ -92,8 +92,7 @@ class Replayer:
 
     def begin_training(self) -> None:
         """Let policy versions go on above those in the buffer, so that no stored completion comes from the future."""
-        self.collect()  # the batch of a run that was interrupted
-        self.batch = None
+        self.collect()  # the last batch of the run before; TRL may go on with what of it was not trained yet
         self.processes.decide("reading the experience buffer", self._begin_training)
 
     def _begin_training(self) -> None:

@@ -353,9 +353,17 @@ class ExGRPOTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
-        if not self._is_replay_enabled or not self.args.drop_retired_questions:
+        if not self._is_replay_enabled:
             return sampler
-        return ActiveQuestionSampler(sampler, self._begin_epoch)
+        dataset = next((given for given in (*args, *kwargs.values()) if given is not None), self.train_dataset)
+        if dataset is not self.replayer.dropped_questions.dataset:  # assigned since, for another phase of a curriculum
+            check_dataset(dataset, self.args)
+            self.replayer.dropped_questions.bind(dataset)
+        if sampler is None or not self.args.drop_retired_questions:
+            return sampler
+        return ActiveQuestionSampler(
+            sampler, self._begin_epoch, len(dataset), self.args.generation_batch_size, self.args.seed
+        )
 
     def _begin_epoch(self) -> tuple[int, set[int]]:
         """Number of the epoch that begins or is resumed, and the rows that it leaves out."""
@@ -398,6 +406,7 @@ class ExGRPOTrainer(GRPOTrainer):
         if self._is_replay_enabled and checkpoint is not None:
             check_batch_size(self._train_batch_size, self.args)
             self.replayer.load(lambda: self._load_buffer(os.path.join(checkpoint, "experience_buffer")))
+            self._buffered_inputs = None  # rows of a batch that a run before has left
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_buffer(self, path: str) -> ReplayBuffer:
