@@ -1,13 +1,14 @@
 """Metrics of replay: averages between log lines, importance ratios, what a batch says; by hand."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
 
 from exgrpo_trl import Experience, Question
 from exgrpo_trl.batch import Batch, Plan
-from exgrpo_trl.metrics import ReplayMetrics, importance_ratio_metrics
+from exgrpo_trl.metrics import LogRatios, ReplayMetrics, importance_ratio_metrics
 from exgrpo_trl.records import Replay
 
 
@@ -35,6 +36,108 @@ def test_a_line_without_news_repeats_the_last_values():
     assert metrics.flush() == {"fresh/reward": 5.0, "replay/staleness_max": 4}
     metrics.add({"fresh/reward": 5.0})
     assert metrics.flush() == {"fresh/reward": 5.0, "replay/staleness_max": 4}
+
+
+def size_of(thing):
+    return len(pickle.dumps(thing))
+
+
+def test_a_million_numbers_take_the_space_of_a_few():
+    metrics, expected = ReplayMetrics(), []
+    rng = np.random.default_rng(0)
+    sizes = []
+    for _ in range(2):
+        for value in rng.normal(3, 1, 10**5).tolist():
+            metrics.add({"fresh/reward": value, "replay/staleness_max": value})
+            expected.append(value)
+        sizes.append(size_of(metrics))
+    assert sizes[1] <= sizes[0] < 10**5
+    flushed = metrics.flush()
+    assert flushed["fresh/reward"] == pytest.approx(np.mean(expected), rel=1e-12)
+    assert flushed["replay/staleness_max"] == max(expected)
+    metrics.add({"fresh/reward": 1.0})
+    assert metrics.flush()["fresh/reward"] == 1
+
+
+@pytest.mark.parametrize("num_values", [1, 7, 9, 130, 1024])
+def test_averages_of_an_ordinary_interval_are_numpys_to_the_digit(num_values):
+    values = np.random.default_rng(num_values).normal(0, 100, num_values).tolist()
+    metrics = ReplayMetrics()
+    for value in values:
+        metrics.add({"fresh/reward": value})
+    assert metrics.flush() == {"fresh/reward": float(np.mean(values))}
+
+
+def log_ratios(num_values, seed=0, scale=1.0):
+    return np.random.default_rng(seed).normal(0, scale, num_values).astype(np.float32)
+
+
+def accumulated(values, chunk):
+    ratios = LogRatios()
+    for start in range(0, len(values), chunk):
+        ratios.add(values[start : start + chunk])
+    return ratios
+
+
+@pytest.mark.parametrize("num_values", [0, 1, 1000, 65_536])
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_ratios_of_an_ordinary_interval_are_exact_to_the_digit(num_values, num_processes):
+    values = log_ratios(num_values)
+    ratios = LogRatios()
+    for share in np.array_split(values, num_processes):
+        ratios.merge(accumulated(share, 100))
+    assert ratios.metrics() == importance_ratio_metrics(values.astype(np.float64))
+
+
+@pytest.mark.parametrize("num_processes", [1, 4])
+def test_a_million_ratios_take_bounded_space_and_all_but_quantiles_are_exact(num_processes):
+    values = log_ratios(10**6)
+    shares = [accumulated(share, 997) for share in np.array_split(values, num_processes)]
+    ratios = LogRatios()
+    for share in shares:
+        assert size_of(share) < 10**6
+        ratios.merge(share)
+    assert ratios.count == 10**6
+    assert size_of(ratios) < 10**6
+    exact, streamed = importance_ratio_metrics(values.astype(np.float64)), ratios.metrics()
+    assert streamed.keys() == exact.keys()
+    for name, value in exact.items():
+        is_quantile = "_q" in name
+        assert streamed[name] == pytest.approx(value, rel=0.03 if is_quantile else 1e-10), name
+    again = LogRatios()
+    for share in np.array_split(values, num_processes):
+        again.merge(accumulated(share, 997))
+    assert again.metrics() == streamed
+
+
+@pytest.mark.parametrize("period", [2, 64, 1000, 1024])
+def test_the_sample_for_quantiles_has_no_period_of_its_own(period):
+    """Completions of one length: a sample of every so-manieth token would always meet the same place in them."""
+    values = np.tile(np.linspace(-3, 3, period, dtype=np.float32), 2**20 // period)
+    exact = importance_ratio_metrics(values.astype(np.float64))
+    streamed = accumulated(values, 64 * period).metrics()
+    for name, value in exact.items():
+        if "_q" in name:
+            assert math.log(streamed[name]) == pytest.approx(math.log(value), abs=0.1), name
+
+
+@pytest.mark.parametrize("extreme", [-2000.0, 600.0, 2000.0, float("-inf")])
+def test_extreme_ratios_neither_overflow_nor_vanish(extreme):
+    values = np.concatenate([log_ratios(70_000, scale=5.0), np.float32([extreme]), log_ratios(70_000, 1)])
+    exact, streamed = importance_ratio_metrics(values.astype(np.float64)), accumulated(values, 1000).metrics()
+    for name in ("mean", "max"):
+        assert streamed[f"replay/importance_ratio_{name}"] == pytest.approx(
+            exact[f"replay/importance_ratio_{name}"], rel=1e-10
+        )
+    name = "replay/effective_sample_size"
+    assert streamed[name] == pytest.approx(exact[name], rel=1e-10)
+
+
+def test_a_ratio_that_is_not_a_number_shows():
+    ratios = accumulated(np.full(70_000, np.nan, dtype=np.float32), 1000)
+    ratios.add(log_ratios(10))
+    assert math.isnan(ratios.metrics()["replay/importance_ratio_mean"])
+    assert math.isnan(ratios.metrics()["replay/effective_sample_size"])
 
 
 def batch_of(rewards, replayed=(), entropies=(), is_started=True):

@@ -1,6 +1,9 @@
 """Which questions of the training dataset an epoch leaves out, and the sampler that does it."""
 
+import copy
 import itertools
+import operator
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers.utils import logging
+from trl.trainer.utils import RepeatSampler
 
 from .config import ExGRPOConfig
 from .examples import encode_example, row_question_id
@@ -17,6 +21,8 @@ logger = logging.get_logger(__name__)
 
 # Features whose values, once decoded, are open files or objects of other libraries.
 _MEDIA = ("Audio", "BioSequence", "BioStructure", "Image", "Mesh", "Nifti", "Pdf", "Video")
+# Attributes of an `ActiveQuestionSampler` that are not those of the sampler that it stands for.
+_OWN = frozenset({"_sampler", "_begin_epoch", "_num_rows", "_rows_per_batch", "_seed"})
 
 
 def check_dataset(dataset: Any, args: ExGRPOConfig) -> None:
@@ -105,6 +111,8 @@ class DroppedQuestions:
         dropped: set[int] = set()
         for question_id in itertools.islice(retired, self.num_retired):
             rows = self.questions.rows_of(question_id)
+            if not rows:
+                continue
             if len(dropped) + len(rows) > len(self.questions.dataset) - self.min_rows:
                 logger.warning_once(
                     "Fewer questions than one generation batch would be left after dropping the retired ones. Some "
@@ -125,50 +133,143 @@ class DroppedQuestions:
 
 class ActiveQuestionSampler(Sampler[int]):
     """
-    Wraps TRL's training sampler and leaves out the questions that were retired before the epoch began.
+    Stands in for a training sampler and leaves out the questions that were retired before the epoch began.
 
-    The length of an epoch stays what it was, so that step counts and learning-rate schedules hold; the active
-    questions come up more often instead, in a new order on every pass. As long as nothing is retired the first epoch
-    is TRL's own. The order is a function of seed, epoch and retired questions alone, so a resumed run repeats it.
+    Everything else is the sampler's: its attributes are read and set through this one, which is an instance of its
+    class to `isinstance`. The length of an epoch stays what it was, so that step counts and learning-rate schedules
+    hold. The order is a function of the sampler, the seed, the epoch and the retired questions alone, so a resumed run
+    repeats it.
+
+    - TRL's own sampler: the active questions come up more often instead, in a new order on every pass. As long as
+      nothing is retired the first epoch is TRL's.
+    - Any other one keeps its order; only its retired rows give way to active ones, whole groups at a time.
 
     Args:
-        sampler ([`~trl.trainer.utils.RepeatSampler`]):
-            TRL's sampler over the whole dataset.
+        sampler ([`~torch.utils.data.Sampler`]):
+            Sampler over the whole dataset.
         begin_epoch (`Callable[[], tuple[int, set[int]]]`):
             Called when an epoch begins; returns its number and the dataset indices to leave out.
+        num_rows (`int`):
+            Rows of the dataset.
+        rows_per_batch (`int`):
+            Rows of a generation batch of all processes, repetitions included.
+        seed (`int`):
+            Seed of what takes the place of retired rows.
     """
 
-    def __init__(self, sampler: Any, begin_epoch: Callable[[], tuple[int, set[int]]]) -> None:
-        self.sampler = sampler
-        self.begin_epoch = begin_epoch
+    def __init__(
+        self,
+        sampler: Any,
+        begin_epoch: Callable[[], tuple[int, set[int]]],
+        num_rows: int,
+        rows_per_batch: int,
+        seed: int,
+    ) -> None:
+        self._sampler = sampler
+        self._begin_epoch = begin_epoch
+        self._num_rows = num_rows
+        self._rows_per_batch = rows_per_batch
+        self._seed = seed
+
+    # Everything but the order
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        # Not what Python looks for by itself, and nothing of one that is only being built, as copies are.
+        if name in _OWN or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._sampler, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._sampler, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._sampler, name)
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self._sampler)
+
+    def __copy__(self) -> "ActiveQuestionSampler":
+        return self._around(copy.copy(self._sampler))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ActiveQuestionSampler":
+        return self._around(copy.deepcopy(self._sampler, memo))  # not what it asks: the trainer, with its model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        own = self._sampler, self._begin_epoch, self._num_rows, self._rows_per_batch, self._seed
+        return ActiveQuestionSampler, own
+
+    def _around(self, sampler: Any) -> "ActiveQuestionSampler":
+        return ActiveQuestionSampler(sampler, *self.__reduce__()[1][1:])
+
+    # The order
 
     def __iter__(self) -> Iterator[int]:
-        epoch, dropped = self.begin_epoch()
-        if epoch == 0 and not dropped:
-            yield from self.sampler
-            return
+        epoch, dropped = self._begin_epoch()
+        is_of_trl = type(self._sampler).__iter__ is RepeatSampler.__iter__
+        if not dropped and (epoch == 0 or not is_of_trl):
+            yield from self._sampler
+        elif is_of_trl:
+            yield from self._drawn_anew(epoch, dropped)
+        else:
+            yield from self._substituted(epoch, dropped)
+
+    def _drawn_anew(self, epoch: int, dropped: set[int]) -> Iterator[int]:
+        """TRL's order, over a list of active questions that is as long as the dataset."""
         order = self._order(epoch, dropped)
-        repeated = type(self.sampler)(
+        repeated = RepeatSampler(
             data_source=order,
-            mini_repeat_count=self.sampler.mini_repeat_count,
-            batch_size=self.sampler.batch_size,
-            repeat_count=self.sampler.repeat_count,
+            mini_repeat_count=self._sampler.mini_repeat_count,
+            batch_size=self._sampler.batch_size,
+            repeat_count=self._sampler.repeat_count,
             shuffle=False,
         )
         for position in repeated:
             yield order[position]
 
     def _order(self, epoch: int, dropped: set[int]) -> Sequence[int]:
-        batch_size, num_samples = self.sampler.batch_size, self.sampler.num_samples
-        active = np.array([index for index in range(num_samples) if index not in dropped])
+        batch_size, num_samples = self._sampler.batch_size, self._sampler.num_samples
+        active = [index for index in range(num_samples) if index not in dropped]
+        # A batch that too few are left for is filled with retired ones.
+        num_missing = max(0, min(batch_size, num_samples) - len(active))
+        active += sorted(set(range(num_samples)) & dropped)[:num_missing]
         # Whole batches only, as TRL does, so that no batch holds a question twice.
         per_pass = len(active) // batch_size * batch_size
         length = num_samples // batch_size * batch_size
-        rng = np.random.default_rng([self.sampler.seed or 0, epoch])
+        rng = np.random.default_rng([self._sampler.seed or 0, epoch])
         order: list[int] = []
         while len(order) < length:
-            order += (rng.permutation(active) if self.sampler.shuffle else active)[:per_pass].tolist()
+            order += (rng.permutation(active) if self._sampler.shuffle else np.array(active))[:per_pass].tolist()
         return order[:length]
+
+    def _substituted(self, epoch: int, dropped: set[int]) -> Iterator[int]:
+        """The order of any sampler, batch by batch: it may be endless, or look at what training does meanwhile."""
+        rng = np.random.default_rng([self._seed, epoch])
+        waiting = deque(rng.permutation([row for row in range(self._num_rows) if row not in dropped]).tolist())
+        batch: list[int] = []
+        substitutes: dict[int, int] = {}
+        rows = map(operator.index, self._sampler)
+        while following := list(itertools.islice(rows, self._rows_per_batch)):
+            if following != batch:  # a batch that comes again stays what it was
+                # So does a question that goes on from the batch before.
+                kept = {row: substitutes[row] for row in batch[-1:] if row == following[0] and row in substitutes}
+                batch, substitutes = following, kept
+                taken = set(batch) - dropped | set(kept.values())
+                for row in dict.fromkeys(batch):
+                    if row not in dropped or row in kept:
+                        continue
+                    # The one that has waited longest of those that the batch does not hold; a retired one stays if all
+                    # are in it.
+                    other = next((other for other in waiting if other not in taken), None)
+                    if other is not None:
+                        waiting.remove(other)
+                        waiting.append(other)
+                        taken.add(other)
+                        substitutes[row] = other
+            yield from (substitutes.get(row, row) for row in batch)

@@ -91,8 +91,8 @@ def row_question_id(row: Mapping[str, Any], question_id_column: str | None) -> s
     if value is None:
         raise ValueError(
             f"question_id_column={question_id_column!r} is missing from a row of the training dataset, which has "
-            f"{sorted(row)} for the data loader (see remove_unused_columns). Name a column that every row fills, or use "
-            "None to identify questions by their prompt."
+            f"{sorted(row)} for the data loader (see remove_unused_columns). Name a column that every row fills, or "
+            "use None to identify questions by their prompt."
         )
     return str(value)
 

@@ -1,11 +1,16 @@
 """What is logged, by its real name: every name of a metric stands here, and nowhere else."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from .batch import Batch
+
+# Values that are kept between two log lines: a run that never logs does not grow. Up to here, what is logged is the
+# mean, maximum and quantile that NumPy finds in all of them together.
+MAX_VALUES = 1024
+MAX_LOG_RATIOS = 65_536
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _QUANTILE_NAMES = (
@@ -13,6 +18,8 @@ _QUANTILE_NAMES = (
     "replay/importance_ratio_q50",
     "replay/importance_ratio_q90",
 )
+_LOG_RATIO_RANGE = (-700, 700)  # where the ratio itself is a float
+_GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)  # its fractional part, in units of 2 ** -64
 # Names of the buffer's own metrics, but for the buckets.
 _OF_BUFFER = {
     "questions": "replay/questions",
@@ -25,6 +32,109 @@ _OF_BUFFER = {
 _OF_PROCESSES = {"gathering": "replay/gathering_seconds", "broadcasting": "replay/broadcasting_seconds"}
 
 
+class _Average:
+    """Mean and maximum of values, in constant space."""
+
+    def __init__(self) -> None:
+        self._values: list[float] = []
+        self._sum, self._count, self._max = 0.0, 0, -np.inf  # of values that are no longer kept
+
+    def add(self, value: float) -> None:
+        """Add a value."""
+        if len(self._values) >= MAX_VALUES:
+            self._sum += float(np.sum(self._values))
+            self._count += len(self._values)
+            self._max = self.max()
+            self._values.clear()
+        self._values.append(value)
+
+    def mean(self) -> float:
+        """Mean of all values."""
+        if not self._count:
+            return float(np.mean(self._values))
+        return (self._sum + float(np.sum(self._values))) / (self._count + len(self._values))
+
+    def max(self) -> float:
+        """Maximum of all values."""
+        return float(np.max(self._values, initial=self._max))
+
+
+class LogRatios:
+    """
+    Log importance ratios of replayed tokens, nats, in constant space.
+
+    Their mean, maximum and effective sample size are exact. So are quantiles up to `MAX_LOG_RATIOS`; beyond, they are
+    those of an even sample of about as many, which is a function of the order of the values alone.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._raw, self._clipped = _Sums(np.zeros(0)), _Sums(np.zeros(0))
+        self._sample = np.zeros(0, dtype=np.float32)
+        # Multiples of the golden ratio are spread evenly, whatever period the values have. Only the lowest stay.
+        self._ranks = np.zeros(0, dtype=np.uint32)
+        self._num_ranks = 2**32
+
+    def add(self, log_ratios: np.ndarray) -> None:
+        """Add log ratios of shape `(N,)`, kept in float32."""
+        values = log_ratios.astype(np.float32)
+        numbers = np.arange(self.count, self.count + len(values), dtype=np.uint64)
+        self.count += len(values)
+        exact = values.astype(np.float64)
+        self._raw.merge(_Sums(exact))
+        self._clipped.merge(_Sums(np.clip(exact, *_LOG_RATIO_RANGE)))
+        self._keep(values, (numbers * _GOLDEN_RATIO >> np.uint64(32)).astype(np.uint32))
+
+    def merge(self, other: "LogRatios") -> None:
+        """Add what another process has."""
+        self.count += other.count
+        self._raw.merge(other._raw)
+        self._clipped.merge(other._clipped)
+        self._thin(min(self._num_ranks, other._num_ranks))
+        self._keep(other._sample, other._ranks)
+
+    def _keep(self, values: np.ndarray, ranks: np.ndarray) -> None:
+        stays = ranks < self._num_ranks
+        self._sample = np.concatenate([self._sample, values[stays]])
+        self._ranks = np.concatenate([self._ranks, ranks[stays]])
+        while len(self._sample) > MAX_LOG_RATIOS:
+            self._thin(self._num_ranks // 2)
+
+    def _thin(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        stays = self._ranks < num_ranks
+        self._sample, self._ranks = self._sample[stays], self._ranks[stays]
+
+    def metrics(self) -> dict[str, float]:
+        """Mean, maximum and quantiles of the ratios, and their effective sample size; nothing without a ratio."""
+        metrics = importance_ratio_metrics(self._sample.astype(np.float64))
+        if len(self._sample) == self.count:
+            return metrics
+        largest = np.exp(self._clipped.largest)
+        return metrics | {
+            "replay/importance_ratio_mean": float(largest * (self._clipped.first / self.count)),
+            "replay/importance_ratio_max": float(largest),
+            "replay/effective_sample_size": float(self._raw.first**2 / (self.count * self._raw.second)),
+        }
+
+
+class _Sums:
+    """Sums of ratios and of their squares, relative to the largest ratio: they neither overflow nor vanish."""
+
+    def __init__(self, log_ratios: np.ndarray) -> None:
+        self.largest = log_ratios.max(initial=-1e9)  # finite, so that a ratio of 0 is one
+        scaled = np.exp(log_ratios - self.largest)
+        self.first, self.second = scaled.sum(), (scaled**2).sum()
+
+    def merge(self, other: "_Sums") -> None:
+        """Add other sums."""
+        largest = np.maximum(self.largest, other.largest)
+        mine, others = np.exp(self.largest - largest), np.exp(other.largest - largest)
+        self.first = self.first * mine + other.first * others
+        self.second = self.second * mine**2 + other.second * others**2
+        self.largest = largest
+
+
 class ReplayMetrics:
     """
     Averages scalars and pools importance ratios between two log lines.
@@ -34,8 +144,8 @@ class ReplayMetrics:
 
     def __init__(self) -> None:
         self.tokens_saved = 0  # of the whole run
-        self._values: dict[str, list[float]] = defaultdict(list)
-        self._log_ratios: list[np.ndarray] = []
+        self._values: dict[str, _Average] = defaultdict(_Average)
+        self._log_ratios = LogRatios()
         self._last: dict[str, float] = {}
         self._seconds_before: dict[str, float] = {}
 
@@ -43,7 +153,7 @@ class ReplayMetrics:
         """Add one observation of each metric; NaN is left out of the average."""
         for name, value in values.items():
             if not np.isnan(value):
-                self._values[name].append(float(value))
+                self._values[name].add(float(value))
 
     def add_selection(self, *, selection_seconds: float, scoring_seconds: float, candidates_scored: int) -> None:
         """Add what choosing the replays of a batch has cost."""
@@ -95,20 +205,19 @@ class ReplayMetrics:
             self.add({name: seconds[direction] - self._seconds_before.get(direction, 0.0)})
             self._seconds_before[direction] = seconds[direction]
 
-    def add_log_ratios(self, log_ratios: np.ndarray) -> None:
-        """Add the log importance ratios of replayed tokens, shape `(N,)`, nats."""
-        self._log_ratios.append(log_ratios.astype(np.float64))
+    def add_log_ratios(self, of_processes: Iterable[LogRatios]) -> None:
+        """Add the log importance ratios of replayed tokens of all processes."""
+        for log_ratios in of_processes:
+            self._log_ratios.merge(log_ratios)
 
     def flush(self) -> dict[str, float]:
         """Averages (maxima for names in `_max`) since the last call, the last known value where nothing is new."""
         metrics = {
-            name: float(np.max(values) if name.endswith("_max") else np.mean(values))
-            for name, values in self._values.items()
+            name: values.max() if name.endswith("_max") else values.mean() for name, values in self._values.items()
         }
-        if self._log_ratios:
-            metrics |= importance_ratio_metrics(np.concatenate(self._log_ratios))
+        metrics |= self._log_ratios.metrics()
         self._values.clear()
-        self._log_ratios.clear()
+        self._log_ratios = LogRatios()
         self._last |= metrics
         return dict(self._last)
 
@@ -125,7 +234,7 @@ def importance_ratio_metrics(log_ratios: np.ndarray) -> dict[str, float]:
         return {}
     largest = log_ratios.max()
     scaled = np.exp(log_ratios - largest)
-    ratios = np.exp(np.clip(log_ratios, -700, 700))
+    ratios = np.exp(np.clip(log_ratios, *_LOG_RATIO_RANGE))
     metrics = {
         "replay/importance_ratio_mean": float(ratios.mean()),
         "replay/importance_ratio_max": float(ratios.max()),

@@ -14,7 +14,7 @@ from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
 from .dataset import DroppedQuestions
-from .metrics import ReplayMetrics
+from .metrics import LogRatios, ReplayMetrics
 from .notices import Notices
 from .processes import Processes
 from .questions import Replayable, TrainingQuestions
@@ -101,7 +101,7 @@ class Replayer:
         self.rng = np.random.default_rng([args.seed, 1])  # a stream apart from the buffer's
         self.metrics = ReplayMetrics()
         self.is_started = args.replay_start_pass_rate is None
-        self._log_ratios: list[np.ndarray] = []  # of this process, since the last log line
+        self.log_ratios = LogRatios()  # of this process, since the last log line
         self.notices = Notices(args, success_rule, requires_success=strategies.admission.requires_success)
         self._has_begun = False
         self._version_offset = 0
@@ -119,8 +119,7 @@ class Replayer:
 
     def begin_training(self) -> None:
         """Let policy versions go on above those in the buffer, so that no stored completion comes from the future."""
-        self.collect()  # the batch of a run that was interrupted
-        self._forget_batches()
+        self.collect()  # the last batch of the run before; TRL may go on with what of it was not trained yet
         self.is_stopped = self._has_begun = False
         self.processes.decide("reading the experience buffer", self._begin_training)
 
@@ -134,6 +133,11 @@ class Replayer:
 
     def _forget_batches(self) -> None:
         self.batch, self._open = None, {}
+
+    def bind(self, questions: TrainingQuestions) -> None:
+        """Take the questions of another dataset, at the beginning of a run."""
+        self.questions = questions
+        self.dropped_questions.questions = questions
 
     def _begin_training(self) -> None:
         newest = max((experience.policy_version for _, _, experience in self.buffer.items()), default=-1)
@@ -382,15 +386,15 @@ class Replayer:
 
     def add_log_ratios(self, log_ratios: np.ndarray) -> None:
         """Note the log importance ratios of replayed tokens of this process, shape `(N,)`, nats."""
-        self._log_ratios.append(log_ratios.astype(np.float32))
+        self.log_ratios.add(log_ratios)
 
     def log_metrics(self) -> dict[str, float]:
         """Metrics since the last log line, on the main process."""
-        mine, self._log_ratios = self._log_ratios, []
-        gathered = self.processes.gather(np.concatenate(mine) if mine else np.zeros(0, dtype=np.float32))
+        gathered = self.processes.gather(self.log_ratios)
+        self.log_ratios = LogRatios()
         if not self.processes.is_main:
             return {}
-        self.metrics.add_log_ratios(np.concatenate(gathered))
+        self.metrics.add_log_ratios(gathered)
         return self.metrics.line(self.buffer.metrics(), self.strategies.metrics())
 
     def save(self, checkpoint: str) -> None:

@@ -206,7 +206,7 @@ class ExGRPOTrainer(GRPOTrainer):
         """Questions of the dataset as the data loader will see it."""
         if not self._is_replay_enabled:  # ids are not needed, and nothing about them may be an error
             return TrainingQuestions(None, None)
-        dataset = self.train_dataset
+        dataset = self._questions_of = self.train_dataset
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
         check_dataset(dataset, self.args)
@@ -415,9 +415,17 @@ class ExGRPOTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
-        if not self._is_replay_enabled or not self.args.drop_retired_questions:
+        if not self._is_replay_enabled:
             return sampler
-        return ActiveQuestionSampler(sampler, self._begin_epoch)
+        if sampler is None or not self.args.drop_retired_questions:
+            return sampler
+        return ActiveQuestionSampler(
+            sampler,
+            self._begin_epoch,
+            len(self.replayer.questions.dataset),
+            self.args.generation_batch_size,
+            self.args.seed,
+        )
 
     def _begin_epoch(self) -> tuple[int, set[int]]:
         """Number of the epoch that begins or is resumed, and the rows that it leaves out."""
@@ -433,6 +441,8 @@ class ExGRPOTrainer(GRPOTrainer):
             resume_from_checkpoint = self._processes.decide(
                 "looking for a checkpoint", lambda: newest_complete_checkpoint(self.args.output_dir) or True
             )
+        if self.train_dataset is not self._questions_of:  # assigned since, for another phase of a curriculum
+            self.replayer.bind(self._training_questions())
         self.replayer.begin_training()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.replayer.finish()
@@ -460,6 +470,7 @@ class ExGRPOTrainer(GRPOTrainer):
         if self._is_replay_enabled and checkpoint is not None:
             check_batch_size(self._train_batch_size, self.args)
             self.replayer.load(lambda: self._load_buffer(os.path.join(checkpoint, "experience_buffer")))
+            self._buffered_inputs = None  # rows of a batch that a run before has left
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_buffer(self, path: str) -> ReplayBuffer:

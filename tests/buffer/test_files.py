@@ -1,10 +1,13 @@
 import contextlib
+import errno
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -414,6 +417,65 @@ def test_everything_is_synced_before_it_counts(tmp_path, monkeypatch):
     filled().save(tmp_path / "buffer")
     assert sorted(events[:5]) == sorted([*FILES, ".buffer.saving"])
     assert events[5:] == ["rename", tmp_path.name]
+
+
+def fail_to_sync(monkeypatch, number, *, of_directories, at="fsync"):
+    """Let a file system refuse to sync, or to open for it, with an errno; returns how often it did."""
+    refused = []
+    original = getattr(os, at)
+
+    def call(target, *args, **kwargs):
+        mode = (os.fstat if at == "fsync" else os.stat)(target).st_mode
+        if stat.S_ISDIR(mode) == of_directories and not kwargs:  # `shutil.rmtree` opens directories with `dir_fd`
+            refused.append(target)
+            raise OSError(number, os.strerror(number))
+        return original(target, *args, **kwargs)
+
+    monkeypatch.setattr(os, at, call)
+    return refused
+
+
+CANNOT_SYNC = ["EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EBADF"]
+NO_DIRECTORIES = ["EACCES", "EPERM", "EISDIR"]
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "of_directories"),
+    [
+        *((name, at, True) for name in CANNOT_SYNC + NO_DIRECTORIES for at in ("fsync", "open")),
+        *((name, "fsync", False) for name in CANNOT_SYNC),
+    ],
+)
+def test_a_file_system_that_cannot_sync_still_takes_buffers(saved, monkeypatch, name, at, of_directories):
+    _, path = saved
+    refused = fail_to_sync(monkeypatch, getattr(errno, name), of_directories=of_directories, at=at)
+    for seed in (2, 3):
+        other = filled(seed=seed)
+        other.save(path)
+        assert state(ExperienceBuffer.load(path)) == state(other)
+        assert hidden(path.parent) == []
+    assert len(refused) == 2 * (2 if of_directories else len(FILES))
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "of_directories"),
+    [
+        *((name, "fsync", of_directories) for name in ("ENOSPC", "EIO", "EDQUOT") for of_directories in (True, False)),
+        ("EIO", "open", True),
+        *((name, "open", False) for name in ("EACCES", "EINVAL", "EIO")),
+        *((name, "fsync", False) for name in NO_DIRECTORIES),
+    ],
+)
+def test_what_is_lost_is_still_an_error(saved, monkeypatch, name, at, of_directories):
+    buffer, path = saved
+    before = state(buffer)
+    number = getattr(errno, name)
+    with monkeypatch.context() as patch:
+        refused = fail_to_sync(patch, number, of_directories=of_directories, at=at)
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            filled(seed=2).save(path)
+    assert len(refused) == 1
+    assert state(ExperienceBuffer.load(path)) == before
 
 
 SAVE_FOREVER = """

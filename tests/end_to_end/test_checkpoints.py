@@ -1,7 +1,10 @@
 """Checkpoints hold the buffer, and a resumed run does what the uninterrupted one would have done."""
 
+import errno
 import json
+import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -273,3 +276,25 @@ def test_resume_with_another_batch_size(tmp_path, checkpoint):
             resume(tmp_path, checkpoint, **options)
     else:
         assert resume(tmp_path, checkpoint, **options).state.global_step == 4
+
+
+def test_a_file_system_that_cannot_sync_directories(tmp_path, monkeypatch):
+    def run(name, **options):
+        options |= {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+        trainer = make_trainer(tmp_path / name, retire_solved=False, **options)
+        trainer.train(resume_from_checkpoint=(tmp_path / name / "checkpoint-2").exists())
+        return trainer
+
+    whole = run("whole", max_steps=4)
+    fsync = os.fsync
+
+    def refuse_directories(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_directories)
+    run("bucket", max_steps=2)
+    resumed = run("bucket", max_steps=4)
+    assert contents(resumed.experience_buffer) == contents(whole.experience_buffer)
+    assert resumed.experience_buffer.num_completions > 0

