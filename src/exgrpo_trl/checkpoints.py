@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .buffer import ExperienceBuffer, RemoteBuffer, ReplayBuffer
+from .buffer.locations import TRAINER_STATE_FILE, checkpoints_of, is_complete
 from .config import ExGRPOConfig
 from .records import ExperienceBufferError
 
@@ -29,32 +27,19 @@ _SETTINGS = {
 
 def begin_checkpoint(folder: str | Path) -> None:
     """Mark a checkpoint as incomplete that is about to be written over."""
-    (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
-
-
-def is_complete(folder: str | Path) -> bool:
-    """Whether everything in a checkpoint has been written: the state of the trainer comes last."""
-    try:
-        return isinstance(json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
+    (Path(folder) / TRAINER_STATE_FILE).unlink(missing_ok=True)
 
 
 def newest_complete_checkpoint(output_dir: str | Path) -> str | None:
     """Newest complete checkpoint; `None` if there is none at all, an error if all of them are incomplete."""
-    steps = sorted(
-        int(match[1])
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if folder.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name))
-    )
-    for step in reversed(steps):
-        folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    checkpoints = checkpoints_of(output_dir)
+    for folder in reversed(checkpoints.values()):
         if is_complete(folder):
             return str(folder)
-    if steps:
+    if checkpoints:
         raise ValueError(
-            f"None of the checkpoints {steps} in {output_dir} is complete: the run died while it wrote them. Start "
-            "without resume_from_checkpoint."
+            f"None of the checkpoints {list(checkpoints)} in {output_dir} is complete: the run died while it wrote "
+            "them. Start without resume_from_checkpoint."
         )
     return None
 

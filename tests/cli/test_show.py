@@ -24,9 +24,10 @@ def path(tmp_path):
     return tmp_path / "checkpoint-10" / "experience_buffer"
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_show(path, capsys, checkpoint):
-    assert main(["show", str(path.parent if checkpoint else path)]) == 0
+@pytest.mark.parametrize("of", ["buffer", "checkpoint", "run"])
+def test_show(path, capsys, of):
+    (path.parent / "trainer_state.json").write_text("{}")
+    assert main(["show", str({"buffer": path, "checkpoint": path.parent, "run": path.parents[1]}[of])]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     lines = [" ".join(line.split()) for line in printed.out.splitlines()]
@@ -75,6 +76,12 @@ def test_errors_are_one_line_and_exit_code_1(path, tmp_path, capsys):
             assert message in printed.err
             assert str(broken) in printed.err
             assert printed.err.count("\n") == 1
+
+
+def test_show_after_a_save_that_died(path, capsys):
+    path.rename(path.with_name(".experience_buffer.replaced"))
+    assert main(["show", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"]["questions"] == 120
 
 
 def test_usage(capsys):

@@ -370,7 +370,17 @@ class ExperienceBuffer:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
-        """Load from a directory that [`~ExperienceBuffer.save`] wrote, see [`load_buffer`]."""
+        """
+        Load a saved buffer, which goes on exactly as the saved one would have.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                Directory that [`~ExperienceBuffer.save`] wrote, a checkpoint that contains one, or the directory of a
+                run: then it is the buffer of its newest complete checkpoint.
+
+        Raises:
+            ExperienceBufferError: if it is missing, damaged, incomplete, or written by a newer version.
+        """
         from .files import load_buffer
 
         return load_buffer(path, cls)
