@@ -568,6 +568,26 @@ def test_memory_per_completion():
     assert num_bytes <= 8.5 * buffer.num_tokens + 250 * buffer.num_completions
 
 
+def test_it_has_a_length_and_can_be_walked():
+    buffer = ExperienceBuffer()
+    assert len(buffer) == 0
+    assert list(buffer) == []
+    collect(buffer, "a", make(1, 2), make(3), correct=2)
+    collect(buffer, "b", make(1), correct=3)
+    assert len(buffer) == buffer.num_completions == 3
+    assert list(buffer) == list(buffer.items())
+    assert [(question.question_id, bucket, len(experience)) for question, bucket, experience in buffer] == [
+        ("a", 2, 2),
+        ("a", 2, 1),
+        ("b", 3, 1),
+    ]
+
+
+def test_an_empty_buffer_is_not_taken_for_none():
+    buffer = ExperienceBuffer()
+    assert (buffer or "another") is buffer
+
+
 def test_dataset_round_trip():
     datasets = pytest.importorskip("datasets")
     buffer = ExperienceBuffer()

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from exgrpo_trl import __version__
 from exgrpo_trl.buffer import ExperienceBuffer
 from exgrpo_trl.cli import main
 from exgrpo_trl.records import Experience, Question
@@ -82,6 +83,13 @@ def test_show_after_a_save_that_died(path, capsys):
     path.rename(path.with_name(".experience_buffer.replaced"))
     assert main(["show", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"]["questions"] == 120
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"exgrpo-trl {__version__}\n"
 
 
 def test_usage(capsys):

@@ -124,6 +124,18 @@ class ExperienceBuffer:
     def __contains__(self, question_id: object) -> bool:
         return question_id in self._store.questions
 
+    def __len__(self) -> int:
+        """Number of stored completions."""
+        return self.num_completions
+
+    def __bool__(self) -> bool:
+        """True, empty or not: `given or default` must not drop a buffer that is yet to be filled."""
+        return True
+
+    def __iter__(self) -> Iterator[tuple[Question, int, Experience]]:
+        """The same as [`~ExperienceBuffer.items`]."""
+        return self.items()
+
     def __repr__(self) -> str:
         return (
             f"ExperienceBuffer(questions={self.num_questions}, completions={self.num_completions}, "
