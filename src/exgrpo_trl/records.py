@@ -174,8 +174,8 @@ class Experience:
         shown = [str(token_id) for token_id in self.token_ids[:_TOKENS_SHOWN].tolist()]
         shown += ["..."] if self.num_tokens > _TOKENS_SHOWN else []
         return (
-            f"Experience(num_tokens={self.num_tokens}, policy_version={self.policy_version}, reward={self.reward:.6g}, "
-            f"entropy={self.entropy:.4g}, token_ids=[{', '.join(shown)}])"
+            f"Experience(num_tokens={self.num_tokens}, policy_version={self.policy_version}, "
+            f"reward={self.reward:.6g}, entropy={self.entropy:.4g}, token_ids=[{', '.join(shown)}])"
         )
 
 

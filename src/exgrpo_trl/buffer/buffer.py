@@ -401,7 +401,7 @@ class ExperienceBuffer:
         """One row per stored completion, see [`completions_to_dataset`]; retired questions are not in it."""
         from .tables import completions_to_dataset
 
-        return completions_to_dataset(self.items())
+        return completions_to_dataset(self.items(), self.provenance)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, *, group_size: int, **kwargs: Any) -> ExperienceBuffer:
@@ -410,17 +410,17 @@ class ExperienceBuffer:
 
         Args:
             dataset (`datasets.Dataset`):
-                One row per completion, with the columns of [`~ExperienceBuffer.to_dataset`]. Of several rows of a
-                question the last one decides the bucket.
+                One row per completion, with the columns of [`~ExperienceBuffer.to_dataset`]; `provenance` may be
+                missing. Of several rows of a question the last one decides the bucket.
             group_size (`int`):
                 Completions per question at training time (K).
             **kwargs:
                 Further arguments of [`ExperienceBuffer`].
 
         Raises:
-            ValueError: if a column is missing or holds something else.
+            ValueError: if a column is missing or holds something else, or the provenance of two rows differs.
         """
-        from .tables import completions_from_dataset
+        from .tables import completions_from_dataset, provenance_from_dataset
 
         buffer = cls(group_size=group_size, **kwargs)
         for question, experience, bucket in completions_from_dataset(dataset):
@@ -429,6 +429,7 @@ class ExperienceBuffer:
                 question, [experience], _checked_count("bucket", bucket, group_size)
             )
             buffer.num_duplicates += num_duplicates
+        buffer.provenance = provenance_from_dataset(dataset)
         buffer.set_limits(capacity=buffer.capacity, max_completions_per_question=buffer.max_completions_per_question)
         return buffer
 
