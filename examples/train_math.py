@@ -96,8 +96,8 @@ def parse_arguments() -> tuple[Arguments, ExGRPOConfig, ModelConfig]:
         given = [f"--{name}" for name, value in (vars(chosen) | vars(model)).items() if value != defaults[name]]
         if ignored := [flag for flag in given if not flag[2:].startswith(EMBEDDED_FLAGS)]:
             raise SystemExit(
-                f"The run on the embedded model and questions would ignore {', '.join(ignored)}. Leave that out, or give "
-                "--model_name_or_path and --dataset_name."
+                f"The run on the embedded model and questions would ignore {', '.join(ignored)}. Leave that out, or "
+                "give --model_name_or_path and --dataset_name."
             )
         parser.set_defaults(**EMBEDDED_DEFAULTS)
         for action in parser._actions:  # so that no flag is required

@@ -117,13 +117,14 @@ def _from_json_dict(value: dict[str, Any]) -> Any:
     raise ValueError(f"An encoded example holds the unknown type {kind!r}.")
 
 
-def row_question_id(row: Mapping[str, Any], question_id_column: str | None) -> str:
-    """Id of the question of a dataset row."""
+def row_question_id(row: Mapping[str, Any], question_id_column: str | None, index: int | None = None) -> str:
+    """Id of the question of a dataset row; the index of the row, if known, is for the message."""
     if question_id_column is None:
         return question_id_of(row["prompt"])
     if row.get(question_id_column) is None:
+        where = f"the row with prompt {str(row.get('prompt'))[:80]!r}" if index is None else f"row {index}"
         raise ValueError(
-            f"question_id_column={question_id_column!r} is missing from a row of the training dataset, which has "
+            f"question_id_column={question_id_column!r} has no value in {where} of the training dataset, which has "
             f"{sorted(row)}. Name a column that every row fills, or use None to identify questions by their prompt."
         )
     return str(row[question_id_column])
@@ -139,7 +140,7 @@ def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[s
             f"{dataset.column_names}. Name one of these, or use None to identify questions by their prompt."
         )
     rows = dataset.select_columns(sorted({question_id_column, "prompt"}))
-    question_ids = [row_question_id(row, question_id_column) for row in rows]
+    question_ids = [row_question_id(row, question_id_column, index) for index, row in enumerate(rows)]
     first_prompts: dict[str, str] = {}
     for question_id, prompt in zip(question_ids, rows["prompt"], strict=True):
         prompt_hash = question_id_of(prompt)
