@@ -62,10 +62,12 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "bf16": False,
     "gradient_checkpointing": False,
     "logging_steps": 1,
-    "save_strategy": "no",
     "report_to": "none",
+    "num_train": 512,
     "num_held_out": 128,
 }
+# What the built-in run takes of `Arguments` and `ModelConfig`.
+EMBEDDED_FLAGS = ("num_", "use_peft", "use_rslora", "use_dora", "lora_")
 
 
 @dataclass
@@ -83,11 +85,20 @@ class Arguments:
 
 def parse_arguments() -> tuple[Arguments, ExGRPOConfig, ModelConfig]:
     """Flags and YAML over the embedded defaults, or over TRL's own where a model or a dataset is given."""
-    chosen, model, _ = TrlParser((Arguments, ModelConfig)).parse_args_and_config(return_remaining_strings=True)
+    # --help is left to the second parser, which knows all flags and the defaults that apply.
+    first = TrlParser((Arguments, ModelConfig), add_help=False)
+    chosen, model, _ = first.parse_args_and_config(return_remaining_strings=True)
     if (chosen.dataset_name is None) != (model.model_name_or_path is None):
         raise SystemExit("Give both --model_name_or_path and --dataset_name, or neither for the embedded default.")
     parser = TrlParser((Arguments, ExGRPOConfig, ModelConfig))
     if chosen.dataset_name is None:
+        defaults = vars(Arguments()) | vars(ModelConfig())
+        given = [f"--{name}" for name, value in (vars(chosen) | vars(model)).items() if value != defaults[name]]
+        if ignored := [flag for flag in given if not flag[2:].startswith(EMBEDDED_FLAGS)]:
+            raise SystemExit(
+                f"The run on the embedded model and questions would ignore {', '.join(ignored)}. Leave that out, or "
+                "give --model_name_or_path and --dataset_name."
+            )
         parser.set_defaults(**EMBEDDED_DEFAULTS)
         for action in parser._actions:  # so that no flag is required
             action.required = action.required and action.dest not in EMBEDDED_DEFAULTS
@@ -163,12 +174,17 @@ class SeedAtStart(TrainerCallback):
 
 
 def train_and_evaluate(trainer: ExGRPOTrainer) -> tuple[float, float]:
-    """Share of held-out questions solved at the training temperature, before and after; the same seed for both."""
+    """
+    Train and save the model.
+
+    Returns the share of held-out questions solved at the training temperature before and after, with the same seed.
+    """
     # Not trainer.evaluate(): FSDP and DeepSpeed need the optimizer to prepare a model, and DDP would train without it.
     trainer.args.eval_on_start = True
     trainer.add_callback(SeedAtStart)
     resume = trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    trainer.save_model()  # before the evaluation, which may fail
     before = next(line["eval_reward"] for line in trainer.state.log_history if "eval_reward" in line)
     set_seed(trainer.args.seed, device_specific=True)
     return float(before), float(trainer.evaluate()["eval_reward"])
@@ -209,22 +225,23 @@ def main() -> None:
         with config.main_process_first(desc="converting the model"):
             model: Any = embedded.load_model_folder()
         tokenizer = embedded.load_tokenizer(model)
-        train, held_out = embedded.load_datasets(arguments.num_train or 512, arguments.num_held_out, config.seed)
+        train, held_out = embedded.load_datasets(arguments.num_train, arguments.num_held_out, config.seed)
         reward = embedded.sum_reward
-        config.model_init_kwargs = {"dtype": "float32"}
+        init = {"dtype": "float32"}
     else:
         model = model_config.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(model, revision=model_config.model_revision)
         with config.main_process_first(desc="loading the questions"):
             train, held_out = load_questions(arguments, config.seed)
         reward = accuracy_reward
-        config.model_init_kwargs = {
+        init = {
             "revision": model_config.model_revision,
             "attn_implementation": model_config.attn_implementation,
             "dtype": model_config.dtype,
         }
         if quantization := get_quantization_config(model_config):
-            config.model_init_kwargs["quantization_config"] = quantization
+            init["quantization_config"] = quantization
+    config.model_init_kwargs = init | (config.model_init_kwargs or {})
 
     trainer = ExGRPOTrainer(
         model=model,
@@ -240,8 +257,6 @@ def main() -> None:
     trainer.add_callback(Progress)
 
     before, after = train_and_evaluate(trainer)
-    trainer.save_model()
-
     if trainer.accelerator.is_main_process:
         picture = Path(config.output_dir) / "train_math.png"
         history = trainer.state.log_history
@@ -263,6 +278,9 @@ def main() -> None:
         table.add_row("Plot", str(picture))
         table.add_row("Model", os.fspath(config.output_dir))
         Console().print(table)
+        checkpoint = Path(config.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        if (checkpoint / "experience_buffer").exists():
+            Console().print(f"Look at the buffer: exgrpo-trl show {checkpoint}", soft_wrap=True, highlight=False)
     # A process that ends with its group open may abort, and the launcher would then kill the one that plots.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -101,3 +101,13 @@ def test_question_refuses():
 def test_candidate_is_unscored_by_default():
     experience = Experience.create([1], [-1.0], policy_version=0, reward=1.0)
     assert Candidate(experience) == Candidate(experience, None, None)
+
+
+def test_an_experience_reads_well():
+    short = Experience.create([5, 6], [-1.0, -2.0], policy_version=3, reward=1.0)
+    assert repr(short) == "Experience(num_tokens=2, policy_version=3, reward=1, entropy=nan, token_ids=[5, 6])"
+    long = Experience.create(range(9000), [-1.0] * 9000, policy_version=3, reward=1 / 3, entropy=0.123456)
+    assert repr(long) == (
+        "Experience(num_tokens=9000, policy_version=3, reward=0.333333, entropy=0.1235, "
+        "token_ids=[0, 1, 2, 3, 4, 5, ...])"
+    )

@@ -1,22 +1,23 @@
-"""Which checkpoint of a run is complete, and whether the tokens of a buffer mean the same to this trainer."""
+"""Which checkpoint and which buffer a trainer goes on with, and whether they mean the same to it."""
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .buffer import ExperienceBuffer, RemoteBuffer, ReplayBuffer
+from .buffer.locations import TRAINER_STATE_FILE, checkpoints_of, is_complete
 from .config import ExGRPOConfig
 from .records import UNKNOWN_PROMPT, ExperienceBufferError
 
 logger = logging.get_logger(__name__)
+
+Location = str | PathLike[str]
 
 # Attributes of a buffer, and the fields of the configuration that must agree with them.
 _SETTINGS = {
@@ -29,32 +30,19 @@ _SETTINGS = {
 
 def begin_checkpoint(folder: str | Path) -> None:
     """Mark a checkpoint as incomplete that is about to be written over."""
-    (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    (Path(folder) / TRAINER_STATE_FILE).unlink(missing_ok=True)
 
 
-def is_complete(folder: str | Path) -> bool:
-    """Whether everything in a checkpoint has been written: the state of the trainer comes last."""
-    try:
-        return isinstance(json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
-
-
-def newest_complete_checkpoint(output_dir: str | Path) -> str | None:
+def newest_complete_checkpoint(output_dir: Location) -> str | None:
     """Newest complete checkpoint; `None` if there is none at all, an error if all of them are incomplete."""
-    steps = sorted(
-        int(match[1])
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if folder.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name))
-    )
-    for step in reversed(steps):
-        folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    checkpoints = checkpoints_of(output_dir)
+    for folder in reversed(checkpoints.values()):
         if is_complete(folder):
             return str(folder)
-    if steps:
+    if checkpoints:
         raise ValueError(
-            f"None of the checkpoints {steps} in {output_dir} is complete: the run died while it wrote them. Start "
-            "without resume_from_checkpoint."
+            f"None of the checkpoints {list(checkpoints)} in {output_dir} is complete: the run died while it wrote "
+            "them. Start without resume_from_checkpoint."
         )
     return None
 
@@ -69,10 +57,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     }
 
 
-def resolve_buffer(buffer: ReplayBuffer | None, args: ExGRPOConfig) -> ReplayBuffer | RemoteBuffer:
-    """The given buffer, or an empty one as the configuration describes it; a stand-in where it lives elsewhere."""
-    if buffer is not None:
-        check_settings(buffer, args)
+def resolve_buffer(buffer: ReplayBuffer | Location | None, args: ExGRPOConfig) -> ReplayBuffer | RemoteBuffer:
+    """The given buffer, the one at a path, or an empty one of that shape; a stand-in where it lives elsewhere."""
+    if not (buffer is None or isinstance(buffer, str | PathLike | RemoteBuffer)):
+        _check_kind(buffer, args)
+        check_settings(buffer, args, "given to the trainer")
     if args.process_index != 0:
         return RemoteBuffer()
     if buffer is None:
@@ -83,18 +72,58 @@ def resolve_buffer(buffer: ReplayBuffer | None, args: ExGRPOConfig) -> ReplayBuf
             retire_solved=args.retire_solved,
             seed=args.seed,
         )
+    if isinstance(buffer, str | PathLike):
+        loaded = ExperienceBuffer.load(buffer)
+        check_settings(loaded, args, str(buffer))
+        return loaded
     return buffer
 
 
-def check_settings(buffer: ReplayBuffer, args: ExGRPOConfig, settings: Iterable[str] = tuple(_SETTINGS)) -> None:
+def _check_kind(buffer: Any, args: ExGRPOConfig) -> None:
+    members = [name for name in vars(ReplayBuffer) if not name.startswith("_")]
+    missing = [name for name in members if not hasattr(buffer, name)]
+    if missing or isinstance(buffer, type):
+        what = "a class" if isinstance(buffer, type) else f"no buffer: it lacks {', '.join(missing)}"
+        raise TypeError(
+            f"experience_buffer={buffer!r} is {what}. Pass an ExperienceBuffer, the path of a saved one, or an object "
+            "with the methods of ReplayBuffer. A dataset becomes one with ExperienceBuffer.from_dataset(dataset, "
+            f"group_size={args.num_generations})."
+        )
+
+
+def check_settings(
+    buffer: ReplayBuffer, args: ExGRPOConfig, source: str, settings: Iterable[str] = tuple(_SETTINGS)
+) -> None:
     """Check that buffer and configuration agree, in these attributes of the buffer."""
     for attribute in settings:
-        mine, wanted = getattr(buffer, attribute, None), getattr(args, _SETTINGS[attribute])
+        field = _SETTINGS[attribute]
+        mine, wanted = getattr(buffer, attribute, None), getattr(args, field)
         if wanted is not None and mine is not None and mine != wanted:
             raise ValueError(
-                f"The experience buffer has {attribute}={mine}, but {_SETTINGS[attribute]}={wanted} in the "
-                "configuration. Set both to the same value."
+                f"The experience buffer {source} has {attribute}={mine}, but {field}={wanted} in the configuration. "
+                f"Set {field}={mine}, or use a buffer with {attribute}={wanted}; an empty one takes it over."
             )
+
+
+def find_checkpoint(resume_from: str | bool, output_dir: Location, *, trains_adapter: bool) -> str | bool:
+    """The checkpoint to resume from, checked before anything is loaded; `True` where there is none to find."""
+    checkpoint = (newest_complete_checkpoint(output_dir) or True) if resume_from is True else resume_from
+    if isinstance(checkpoint, bool):
+        return checkpoint
+    folder = Path(checkpoint)
+    holds_adapter = any(any(folder.glob(pattern)) for pattern in ("adapter_config.json", "*/adapter_config.json"))
+    if holds_adapter and not trains_adapter:
+        raise ValueError(
+            f"The checkpoint {folder} holds an adapter (LoRA), but this trainer trains the whole model. Pass the "
+            "peft_config that the checkpoint was written with, or merge the adapter into the model and start without "
+            "resume_from_checkpoint."
+        )
+    if trains_adapter and not holds_adapter and (folder / "config.json").is_file():
+        raise ValueError(
+            f"The checkpoint {folder} holds a whole model, but this trainer trains an adapter (LoRA). Leave out "
+            f"peft_config, or start an adapter on that model: model={str(folder)!r} without resume_from_checkpoint."
+        )
+    return checkpoint
 
 
 def check_buffer(
@@ -121,6 +150,13 @@ def check_buffer(
         logger.warning(
             f"The experience buffer {source} was collected at temperature={temperature}, but the trainer samples at "
             f"temperature={provenance['temperature']}. Importance ratios of its completions compare the two."
+        )
+    column = buffer.provenance.get("question_id_column", provenance["question_id_column"])
+    if column != provenance["question_id_column"] and (buffer.num_questions or buffer.retired):
+        raise ExperienceBufferError(
+            f"The experience buffer {source} was collected with question_id_column={column!r}, but the trainer has "
+            f"question_id_column={provenance['question_id_column']!r}: its questions would not be recognised, neither "
+            f"stored nor retired ones. Set question_id_column={column!r}, or start with an empty buffer."
         )
     for question, _, experience in buffer.items():
         if max_completion_length is not None and experience.num_tokens > max_completion_length:

@@ -83,14 +83,15 @@ def decode_example(text: str) -> dict[str, Any]:
     return example
 
 
-def row_question_id(row: Mapping[str, Any], question_id_column: str | None) -> str:
-    """Id of the question of a dataset row."""
+def row_question_id(row: Mapping[str, Any], question_id_column: str | None, index: int | None = None) -> str:
+    """Id of the question of a dataset row; the index of the row, if known, is for the message."""
     if question_id_column is None:
         return question_id_of(row["prompt"])
     value = plain(row.get(question_id_column))
     if value is None:
+        where = f"the row with prompt {str(row.get('prompt'))[:80]!r}" if index is None else f"row {index}"
         raise ValueError(
-            f"question_id_column={question_id_column!r} is missing from a row of the training dataset, which has "
+            f"question_id_column={question_id_column!r} has no value in {where} of the training dataset, which has "
             f"{sorted(row)} for the data loader (see remove_unused_columns). Name a column that every row fills, or "
             "use None to identify questions by their prompt."
         )
@@ -115,8 +116,8 @@ def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[s
         return [question_id_of(prompt) for batch in rows.iter(batch_size=1000) for prompt in batch["prompt"]]
     question_ids = []
     first_prompts: dict[str, str] = {}
-    for row in rows:
-        question_id, prompt_hash = row_question_id(row, question_id_column), question_id_of(row["prompt"])
+    for index, row in enumerate(rows):
+        question_id, prompt_hash = row_question_id(row, question_id_column, index), question_id_of(row["prompt"])
         question_ids.append(question_id)
         if first_prompts.setdefault(question_id, prompt_hash) != prompt_hash:
             raise ValueError(

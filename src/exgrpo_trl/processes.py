@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 T = TypeVar("T")
 
@@ -19,8 +19,8 @@ class Processes:
     On a single process nothing is sent and nothing is copied.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator of the trainer.
+        state ([`~accelerate.PartialState`] or [`~accelerate.Accelerator`]):
+            Which process this is, and of how many.
 
     Attributes:
         seconds (`dict[str, float]`):
@@ -28,10 +28,10 @@ class Processes:
             for the slowest process included; 0 for a single process.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.rank: int = accelerator.process_index
-        self.count: int = accelerator.num_processes
-        self.device: torch.device = accelerator.device
+    def __init__(self, state: PartialState | Accelerator) -> None:
+        self.rank: int = state.process_index
+        self.count: int = state.num_processes
+        self.device: torch.device = state.device
         self.seconds = {"gathering": 0.0, "broadcasting": 0.0}
 
     @property

@@ -6,7 +6,7 @@ import hashlib
 import math
 import operator
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ UNKNOWN_PROMPT = 0
 # A log-probability is at most 0; float32 and bfloat16 soft-maxes overshoot by a little.
 MAX_LOG_PROBABILITY = 1e-4
 MIN_LOG_PROBABILITY = float(np.finfo(np.float32).min)
+_TOKENS_SHOWN = 6
 
 _LOW_HALF = 0 if sys.byteorder == "little" else 1  # of the two int32 that make an int64
 
@@ -60,7 +61,7 @@ class Question:
             )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Experience:
     """
     A stored completion: its tokens and what the policy that generated it thought of them.
@@ -84,8 +85,8 @@ class Experience:
             question renders to other tokens, a completion is not replayed.
     """
 
-    token_bytes: bytes = field(repr=False)
-    logp_bytes: bytes = field(repr=False)
+    token_bytes: bytes
+    logp_bytes: bytes
     policy_version: int
     reward: float
     entropy: float
@@ -178,6 +179,14 @@ class Experience:
 
     def __len__(self) -> int:
         return self.num_tokens
+
+    def __repr__(self) -> str:
+        shown = [str(token_id) for token_id in self.token_ids[:_TOKENS_SHOWN].tolist()]
+        shown += ["..."] if self.num_tokens > _TOKENS_SHOWN else []
+        return (
+            f"Experience(num_tokens={self.num_tokens}, policy_version={self.policy_version}, "
+            f"reward={self.reward:.6g}, entropy={self.entropy:.4g}, token_ids=[{', '.join(shown)}])"
+        )
 
 
 @dataclass(frozen=True, slots=True)

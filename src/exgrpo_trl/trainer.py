@@ -5,10 +5,11 @@ import inspect
 import os
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, is_peft_model
 from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -17,9 +18,10 @@ from trl import GRPOTrainer
 from .batch import COLUMNS, Batch
 from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import (
+    Location,
     check_buffer,
     check_settings,
-    newest_complete_checkpoint,
+    find_checkpoint,
     resolve_buffer,
     tokenizer_fingerprint,
 )
@@ -58,6 +60,11 @@ def _signature(init: Callable[..., None]) -> inspect.Signature:
     return inspect.Signature(before + after)
 
 
+def _path_or(buffer: Any, otherwise: str) -> str:
+    """What messages call a buffer: its path if it was given by one."""
+    return str(buffer) if isinstance(buffer, str | os.PathLike) else otherwise
+
+
 logger = logging.get_logger(__name__)
 
 
@@ -90,21 +97,22 @@ class ExGRPOTrainer(GRPOTrainer):
         model, reward_funcs, args, ...:
             As for [`~trl.GRPOTrainer`], whose further arguments are passed on, `peft_config` included. `args` is an
             [`ExGRPOConfig`].
-        experience_buffer ([`ExperienceBuffer`], *optional*):
-            Buffer to replay from and to collect into, for example one that is filled already. By default an empty one.
-        question_sampler (`Callable`, *optional*):
-            Draws the questions to replay, see [`QuestionSampler`]. By default the one that `args.question_sampling`
-            names.
-        completion_selector (`Callable`, *optional*):
+        experience_buffer ([`ExperienceBuffer`], `str` or `PathLike`, *optional*):
+            Buffer to replay from and to collect into, for example one that is filled already, or the path of a saved
+            one: its directory, a checkpoint, or the directory of a run. By default an empty one.
+        question_sampler (`Callable` or `str`, *optional*):
+            Draws the questions to replay, see [`QuestionSampler`]; the name of a built-in one will do, here and below.
+            By default the one that `args.question_sampling` names.
+        completion_selector (`Callable` or `str`, *optional*):
             Picks the stored completion of a question, see [`CompletionSelector`]. By default the one that
             `args.completion_selection` names.
-        admission (`Callable`, *optional*):
+        admission (`Callable` or `str`, *optional*):
             Decides what is stored, in which bucket, and what retires, see [`AdmissionRule`]. By default the one that
             `args.difficulty` names.
-        eviction (`Callable`, *optional*):
+        eviction (`Callable` or `str`, *optional*):
             Decides what leaves where a limit of the buffer is exceeded, see [`EvictionRule`]. By default the one that
             `args.eviction` names.
-        weighting (`Callable`, *optional*):
+        weighting (`Callable` or `str`, *optional*):
             Weighs replayed tokens in the loss, see [`ReplayWeighting`]. By default the one that
             `args.replay_weighting` names.
 
@@ -140,12 +148,12 @@ class ExGRPOTrainer(GRPOTrainer):
         reward_funcs: Any = None,
         args: ExGRPOConfig | None = None,
         *positional: Any,
-        experience_buffer: ReplayBuffer | None = None,
-        question_sampler: Callable[..., Any] | None = None,
-        completion_selector: Callable[..., Any] | None = None,
-        admission: Callable[..., Any] | None = None,
-        eviction: Callable[..., Any] | None = None,
-        weighting: Callable[..., Any] | None = None,
+        experience_buffer: ReplayBuffer | Location | None = None,
+        question_sampler: Callable[..., Any] | str | None = None,
+        completion_selector: Callable[..., Any] | str | None = None,
+        admission: Callable[..., Any] | str | None = None,
+        eviction: Callable[..., Any] | str | None = None,
+        weighting: Callable[..., Any] | str | None = None,
         **keywords: Any,
     ) -> None:
         if args is None:
@@ -159,7 +167,9 @@ class ExGRPOTrainer(GRPOTrainer):
         self._is_replay_enabled = args.replay_fraction > 0
         if self._is_replay_enabled:
             check_arguments(bound.arguments, args)
-        buffer = resolve_buffer(experience_buffer, args)
+        self._processes = Processes(args.distributed_state)
+        with self._processes.together("reading the experience buffer"):
+            buffer = resolve_buffer(experience_buffer, args)
         strategies = Strategies.choose(
             args,
             question_sampler=question_sampler,
@@ -171,7 +181,6 @@ class ExGRPOTrainer(GRPOTrainer):
 
         super().__init__(model, reward_funcs, args, *positional, **keywords)
 
-        self._processes = Processes(self.accelerator)
         questions = self._training_questions()
         self.replayer = Replayer(
             buffer,
@@ -199,7 +208,8 @@ class ExGRPOTrainer(GRPOTrainer):
                 self.vllm_generation, self._processes, getattr(self, "vllm_tensor_parallel_size", 1)
             )
         self._processes.decide(
-            "checking the experience buffer", lambda: self._check_buffer(buffer, "given to the trainer")
+            "checking the experience buffer",
+            lambda: self._check_buffer(buffer, _path_or(experience_buffer, "given to the trainer")),
         )
 
     def _training_questions(self) -> TrainingQuestions:
@@ -224,10 +234,13 @@ class ExGRPOTrainer(GRPOTrainer):
         return self.replayer.buffer
 
     @experience_buffer.setter
-    def experience_buffer(self, buffer: ReplayBuffer) -> None:
-        mine = resolve_buffer(buffer, self.args)
-        if self._is_replay_enabled and not isinstance(mine, RemoteBuffer):
-            self._check_buffer(mine, "assigned to the trainer")
+    def experience_buffer(self, buffer: ReplayBuffer | Location) -> None:
+        # The main process alone reads a path, so that it may be the only one to fail.
+        is_path = isinstance(buffer, str | os.PathLike)
+        with self._processes.together("reading the experience buffer") if is_path else nullcontext():
+            mine = resolve_buffer(buffer, self.args)
+            if self._is_replay_enabled and not isinstance(mine, RemoteBuffer):
+                self._check_buffer(mine, _path_or(buffer, "assigned to the trainer"))
         self.replayer.buffer = mine
 
     # Generation
@@ -437,9 +450,12 @@ class ExGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if not self._is_replay_enabled:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        if resume_from_checkpoint is True:
+        if resume_from_checkpoint:
             resume_from_checkpoint = self._processes.decide(
-                "looking for a checkpoint", lambda: newest_complete_checkpoint(self.args.output_dir) or True
+                "looking for a checkpoint",
+                lambda: find_checkpoint(
+                    resume_from_checkpoint, self.args.output_dir, trains_adapter=is_peft_model(self.model)
+                ),
             )
         if self.train_dataset is not self._questions_of:  # assigned since, for another phase of a curriculum
             self.replayer.bind(self._training_questions())
@@ -476,14 +492,17 @@ class ExGRPOTrainer(GRPOTrainer):
     def _load_buffer(self, path: str) -> ReplayBuffer:
         mine = self.experience_buffer
         loaded = type(mine).load(path)
-        check_settings(loaded, self.args, ("group_size", "retire_solved"))
+        check_settings(loaded, self.args, path, ("group_size", "retire_solved"))
         loaded.set_limits(capacity=mine.capacity, max_completions_per_question=mine.max_completions_per_question)
         self._check_buffer(loaded, path)
         return loaded
 
     def _check_buffer(self, buffer: Any, source: str) -> None:
-        """Whether a buffer can be replayed here; it takes note of the tokenizer and the temperature."""
-        provenance = tokenizer_fingerprint(self.processing_class) | {"temperature": self.temperature}
+        """Whether a buffer can be replayed here; it takes note of what its tokens and ids depend on."""
+        provenance = tokenizer_fingerprint(self.processing_class) | {
+            "temperature": self.temperature,
+            "question_id_column": self.args.question_id_column,
+        }
         check_buffer(
             buffer,
             provenance=provenance,

@@ -568,6 +568,26 @@ def test_memory_per_completion():
     assert num_bytes <= 8.5 * buffer.num_tokens + 250 * buffer.num_completions
 
 
+def test_it_has_a_length_and_can_be_walked():
+    buffer = ExperienceBuffer()
+    assert len(buffer) == 0
+    assert list(buffer) == []
+    collect(buffer, "a", make(1, 2), make(3), correct=2)
+    collect(buffer, "b", make(1), correct=3)
+    assert len(buffer) == buffer.num_completions == 3
+    assert list(buffer) == list(buffer.items())
+    assert [(question.question_id, bucket, len(experience)) for question, bucket, experience in buffer] == [
+        ("a", 2, 2),
+        ("a", 2, 1),
+        ("b", 3, 1),
+    ]
+
+
+def test_an_empty_buffer_is_not_taken_for_none():
+    buffer = ExperienceBuffer()
+    assert (buffer or "another") is buffer
+
+
 def test_dataset_round_trip():
     datasets = pytest.importorskip("datasets")
     buffer = ExperienceBuffer()
@@ -578,7 +598,7 @@ def test_dataset_round_trip():
     dataset = buffer.to_dataset()
     assert dataset.column_names == [
         *("question_id", "example", "bucket", "token_ids", "behavior_per_token_logps"),
-        *("policy_version", "reward", "entropy", "prompt_hash"),
+        *("policy_version", "reward", "entropy", "prompt_hash", "provenance"),
     ]
     assert dataset["question_id"][:] == ["c", "a", "a", "b"]
     assert dataset[1]["token_ids"] == [1, 2]
@@ -626,6 +646,68 @@ def test_from_dataset_refuses(changes, message):
     row = buffer.to_dataset()[0]
     with pytest.raises(ValueError, match=message):
         ExperienceBuffer.from_dataset(datasets.Dataset.from_list([row | changes]), group_size=K)
+
+
+PROVENANCE = {"tokenizer": "abc", "chat_template": "ü", "temperature": 0.7, "question_id_column": None}
+
+
+def of_provenance(provenance, name="a"):
+    buffer = ExperienceBuffer()
+    collect(buffer, name, make(1), make(2, 3), make(4))
+    buffer.provenance = provenance
+    return buffer.to_dataset()
+
+
+@pytest.mark.parametrize("way", ["filter", "select", "disk", "parquet", "json", "numpy", "concatenated"])
+def test_a_dataset_keeps_the_provenance(tmp_path, way):
+    datasets = pytest.importorskip("datasets")
+    dataset = of_provenance(PROVENANCE).filter(lambda row: row["token_ids"] != [1])
+    if way == "select":
+        dataset = dataset.select([1]).shuffle(seed=0)
+    elif way == "disk":
+        dataset.save_to_disk(tmp_path / "saved")
+        dataset = datasets.load_from_disk(tmp_path / "saved")
+    elif way == "parquet":
+        dataset.to_parquet(tmp_path / "saved.parquet")
+        dataset = datasets.Dataset.from_parquet(str(tmp_path / "saved.parquet"), cache_dir=str(tmp_path))
+    elif way == "json":
+        dataset.to_json(tmp_path / "saved.json")
+        dataset = datasets.Dataset.from_json(str(tmp_path / "saved.json"), cache_dir=str(tmp_path))
+    elif way == "numpy":
+        dataset = dataset.with_format("numpy")
+    elif way == "concatenated":  # with one that does not say all, and one that says nothing
+        others = of_provenance({"temperature": 0.7}, "b"), of_provenance({}, "c").remove_columns("provenance")
+        dataset = datasets.concatenate_datasets([dataset, *others])
+    buffer = ExperienceBuffer.from_dataset(dataset, group_size=K)
+    assert len(buffer) == len(dataset)
+    assert buffer.provenance == PROVENANCE
+
+
+def test_a_dataset_may_lack_the_provenance():
+    assert of_provenance({})["provenance"][:] == [None] * 3
+    for dataset in (of_provenance({}), of_provenance(PROVENANCE).remove_columns("provenance")):
+        assert ExperienceBuffer.from_dataset(dataset, group_size=K).provenance == {}
+
+
+def test_completions_of_different_provenance_do_not_mix():
+    datasets = pytest.importorskip("datasets")
+    mixed = datasets.concatenate_datasets(
+        [of_provenance(PROVENANCE), of_provenance(PROVENANCE | {"tokenizer": "xyz"}, "b")]
+    )
+    with pytest.raises(
+        ValueError, match=r"different provenance: tokenizer='abc' and tokenizer='xyz'.*filter"
+    ) as error:
+        ExperienceBuffer.from_dataset(mixed, group_size=K)
+    one = mixed.filter(lambda row: row["provenance"] == mixed[0]["provenance"])
+    assert "row['provenance'] == dataset[0]['provenance']" in str(error.value), "the way out, which works"
+    assert ExperienceBuffer.from_dataset(one, group_size=K).provenance == PROVENANCE
+
+
+@pytest.mark.parametrize("text", ["x", "[]", "1"])
+def test_a_provenance_that_is_none(text):
+    dataset = of_provenance({}).remove_columns("provenance").add_column("provenance", [text] * 3)
+    with pytest.raises(ValueError, match="'provenance' must hold a JSON object"):
+        ExperienceBuffer.from_dataset(dataset, group_size=K)
 
 
 def test_from_dataset_refuses_other_things():

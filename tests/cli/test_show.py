@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from exgrpo_trl import __version__
 from exgrpo_trl.buffer import ExperienceBuffer
 from exgrpo_trl.cli import main
 from exgrpo_trl.records import Experience, Question
@@ -24,9 +25,10 @@ def path(tmp_path):
     return tmp_path / "checkpoint-10" / "experience_buffer"
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_show(path, capsys, checkpoint):
-    assert main(["show", str(path.parent if checkpoint else path)]) == 0
+@pytest.mark.parametrize("of", ["buffer", "checkpoint", "run"])
+def test_show(path, capsys, of):
+    (path.parent / "trainer_state.json").write_text("{}")
+    assert main(["show", str({"buffer": path, "checkpoint": path.parent, "run": path.parents[1]}[of])]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     lines = [" ".join(line.split()) for line in printed.out.splitlines()]
@@ -75,6 +77,19 @@ def test_errors_are_one_line_and_exit_code_1(path, tmp_path, capsys):
             assert message in printed.err
             assert str(broken) in printed.err
             assert printed.err.count("\n") == 1
+
+
+def test_show_after_a_save_that_died(path, capsys):
+    path.rename(path.with_name(".experience_buffer.replaced"))
+    assert main(["show", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"]["questions"] == 120
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"exgrpo-trl {__version__}\n"
 
 
 def test_usage(capsys):

@@ -8,8 +8,17 @@ from tiny import first_letter_reward, make_trainer, tiny_arguments, tiny_dataset
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
-from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer, Experience, ExperienceBuffer, Question, question_id_of
+from exgrpo_trl import (
+    ExGRPOConfig,
+    ExGRPOTrainer,
+    Experience,
+    ExperienceBuffer,
+    ExperienceBufferError,
+    Question,
+    question_id_of,
+)
 from exgrpo_trl.compatibility import check_hooks, check_processing_class, check_vllm
+from exgrpo_trl.examples import row_question_id
 
 NAN, INF = float("nan"), float("inf")
 BAD_FIELDS = [
@@ -114,7 +123,7 @@ def test_vision_language_models_are_refused():
             pass
 
     with pytest.raises(NotImplementedError, match=r"vision-language.*Processor.*replay_fraction=0"):
-        check_processing_class(Processor(), None, ["reward"])
+        check_processing_class(Processor())
 
 
 @pytest.mark.skipif(not hasattr(GRPOTrainer, "compute_liger_loss"), reason="this TRL has no fused Liger loss")
@@ -159,9 +168,14 @@ def test_an_id_that_two_prompts_share_is_refused(tmp_path):
 
 
 def test_a_row_without_an_id_is_refused(tmp_path):
-    dataset = tiny_dataset().remove_columns("uid").add_column("uid", [*"abcdefghijklmno", None])
-    with pytest.raises(ValueError, match=r"question_id_column='uid' is missing"):
+    dataset = tiny_dataset().remove_columns("uid").add_column("uid", [*"abcdefghijklmn", None, "p"])
+    with pytest.raises(ValueError, match=r"question_id_column='uid' has no value in row 14 of the training dataset"):
         make_trainer(tmp_path, train_dataset=dataset, question_id_column="uid")
+
+
+def test_a_row_of_a_stream_without_an_id_is_refused():
+    with pytest.raises(ValueError, match=r"question_id_column='uid' has no value in the row with prompt '1 \+ 1'"):
+        row_question_id({"prompt": "1 + 1", "uid": None}, "uid")
 
 
 def filled_buffer(num_tokens=3, token=5, example=None, **options):
@@ -184,10 +198,41 @@ def test_a_token_that_the_model_does_not_know_is_refused(tmp_path):
 
 
 def test_limits_that_disagree_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"capacity=7.*buffer_capacity=9"):
+    with pytest.raises(
+        ValueError, match=r"given to the trainer has capacity=7.*buffer_capacity=9.*Set buffer_capacity=7"
+    ):
         make_trainer(tmp_path, experience_buffer=filled_buffer(capacity=7), buffer_capacity=9)
     with pytest.raises(ValueError, match=r"group_size=4.*num_generations=8"):
         make_trainer(tmp_path, experience_buffer=filled_buffer(), num_generations=8)
+
+
+@pytest.mark.parametrize("wrong", [5, [], {"prompt": "a"}, tiny_dataset, ExperienceBuffer, tiny_dataset(1)])
+def test_what_is_no_buffer_is_refused(tmp_path, wrong):
+    with pytest.raises(TypeError, match=r"(?s)experience_buffer=.*path of a saved one.*from_dataset") as error:
+        make_trainer(tmp_path, experience_buffer=wrong)
+    assert repr(wrong) in str(error.value)
+
+
+def test_a_path_without_a_buffer_is_refused(tmp_path):
+    with pytest.raises(ExperienceBufferError, match=r"none does not exist\. Check the path") as error:
+        make_trainer(tmp_path, experience_buffer=str(tmp_path / "none"))
+    assert "save(" not in str(error.value)
+
+
+def test_a_saved_buffer_that_does_not_fit_is_named(tmp_path):
+    filled_buffer(num_tokens=9).save(tmp_path / "saved")
+    with pytest.raises(ExperienceBufferError, match=r"saved holds a completion of 9 tokens"):
+        make_trainer(tmp_path, experience_buffer=tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"saved has group_size=4.*num_generations=8"):
+        make_trainer(tmp_path, experience_buffer=tmp_path / "saved", num_generations=8)
+
+
+@pytest.mark.parametrize(("argument", "known"), [("question_sampler", "gaussian"), ("weighting", "balanced")])
+def test_an_unknown_name_of_a_strategy_is_refused(tmp_path, argument, known):
+    with pytest.raises(ValueError, match=rf"{argument}='best' is unknown.*'{known}'"):
+        make_trainer(tmp_path, **{argument: "best"})
+    with pytest.raises(TypeError, match=r"must be callable.* got 3\..*name of a built-in one"):
+        make_trainer(tmp_path, **{argument: 3})
 
 
 def test_a_stored_row_that_lacks_a_column_gets_it_from_the_dataset(tmp_path):

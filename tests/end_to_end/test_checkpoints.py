@@ -215,13 +215,62 @@ def test_shorter_completions_are_an_error(tmp_path, checkpoint):
 
 
 def test_another_number_of_generations_is_an_error(tmp_path, checkpoint):
-    with pytest.raises(ValueError, match=r"group_size=4.*num_generations=8"):
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint-2.experience_buffer has group_size=4.*num_generations=8.*Set num_generations=4, or",
+    ):
         resume(tmp_path, checkpoint, num_generations=8)
 
 
 def test_another_rule_of_retirement_is_an_error(tmp_path, checkpoint):
     with pytest.raises(ValueError, match=r"retire_solved=True.*retire_solved=False"):
         resume(tmp_path, checkpoint, retire_solved=False)
+
+
+def test_another_column_of_ids_is_an_error(tmp_path, checkpoint):
+    with pytest.raises(
+        ExperienceBufferError,
+        match=r"checkpoint-2.experience_buffer was collected with question_id_column=None, .* "
+        r"question_id_column='uid'.* Set question_id_column=None, or",
+    ):
+        resume(tmp_path, checkpoint, question_id_column="uid")
+    trainer = make_trainer(tmp_path, question_id_column="uid")
+    with pytest.raises(ExperienceBufferError, match=r"question_id_column=None.*'uid'"):
+        trainer.experience_buffer = ExperienceBuffer.load(checkpoint)
+
+
+@pytest.mark.parametrize("buffer", ["old", "empty"])
+def test_ids_of_an_old_or_an_empty_buffer_are_not_checked(tmp_path, checkpoint, buffer):
+    given = ExperienceBuffer.load(checkpoint) if buffer == "old" else ExperienceBuffer()
+    if buffer == "old":
+        del given.provenance["question_id_column"]
+    else:
+        given.provenance["question_id_column"] = "another"
+    trainer = make_trainer(tmp_path, question_id_column="uid", experience_buffer=given)
+    assert trainer.experience_buffer.provenance["question_id_column"] == "uid"
+
+
+def test_retired_questions_have_ids_too(tmp_path):
+    buffer = ExperienceBuffer()
+    buffer.retire("q1")
+    buffer.provenance["question_id_column"] = "uid"
+    with pytest.raises(ExperienceBufferError, match=r"question_id_column='uid'.*question_id_column=None"):
+        make_trainer(tmp_path, experience_buffer=buffer)
+
+
+@pytest.mark.parametrize("adapter", ["checkpoint", "trainer"])
+def test_lora_and_full_fine_tuning_do_not_mix(tmp_path, adapter):
+    first, second = (lora_config(), None) if adapter == "checkpoint" else (None, lora_config())
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, peft_config=first).train()
+    trainer = make_trainer(tmp_path, max_steps=2, peft_config=second)
+    before = parameters_of(trainer)
+    message = (
+        "checkpoint-1 holds an adapter.*Pass the peft_config" if first else "checkpoint-1 holds a whole.*Leave out"
+    )
+    for checkpoint in (str(tmp_path / "checkpoint-1"), True):
+        with pytest.raises(ValueError, match=rf"{message}"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    assert all(torch.equal(before[name], value) for name, value in parameters_of(trainer).items())
 
 
 def test_another_temperature_is_said(tmp_path, checkpoint, monkeypatch):

@@ -1,11 +1,13 @@
 """Strategies of users in a real training: every kind, functions, states that survive a resume; who owns the buffer."""
 
 import inspect
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import Ranks, run_ranks
 from same_rollouts import same_rollouts_trainer
 from test_checkpoints import contents
 from tiny import make_trainer, parameters_of
@@ -226,6 +228,65 @@ def test_an_assigned_buffer_must_fit(tmp_path, buffer, message):
     with pytest.raises(ValueError, match=message):
         trainer.experience_buffer = buffer
     assert trainer.experience_buffer is before
+
+
+@pytest.mark.parametrize("way", [str, Path])
+@pytest.mark.parametrize("place", ["buffer", "checkpoint", "run"])
+def test_a_saved_buffer_is_given_by_its_path(tmp_path, way, place):
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    filled().save(checkpoint / "experience_buffer")
+    (checkpoint / "trainer_state.json").write_text("{}")
+    path = {"buffer": checkpoint / "experience_buffer", "checkpoint": checkpoint, "run": tmp_path / "run"}[place]
+    given = make_trainer(tmp_path / "given", question_id_column="uid", experience_buffer=way(path))
+    assigned = make_trainer(tmp_path / "assigned", question_id_column="uid")
+    assigned.experience_buffer = way(path)
+    for trainer in (given, assigned):
+        assert list(trainer.experience_buffer.buckets()[1]) == ["q0"]
+        assert trainer.experience_buffer.provenance["temperature"] == 1.0
+
+
+def test_a_saved_buffer_is_replayed(tmp_path):
+    filled().save(tmp_path / "saved")
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=1,
+        question_id_column="uid",
+        experience_buffer=tmp_path / "saved",
+        question_sampler="uniform",
+    )
+    trainer.train()
+    assert lines_of(trainer)[0]["replay/fraction"] == 0.25
+
+
+def read_on_ranks(mode, mode_options, output_dir, path, by):
+    if os.environ["RANK"] == "1":  # which has no such folder
+        path = str(Path(path) / "elsewhere")
+    options = {"question_id_column": "uid", "per_device_train_batch_size": 8} | mode_options
+    if by == "argument":
+        trainer = make_trainer(output_dir, experience_buffer=path, **options)
+    else:
+        trainer = make_trainer(output_dir, **options)
+        trainer.experience_buffer = path
+    if trainer.accelerator.is_main_process:
+        assert trainer.experience_buffer.num_questions == 1
+    else:
+        assert isinstance(trainer.experience_buffer, RemoteBuffer)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero2"])
+@pytest.mark.parametrize("by", ["argument", "assignment"])
+def test_the_main_process_reads_a_path(tmp_path, mode, by):
+    filled().save(tmp_path / "saved")
+    run_ranks(read_on_ranks, str(tmp_path / "out"), str(tmp_path / "saved"), by, folder=tmp_path / "logs", mode=mode)
+
+
+@pytest.mark.parametrize("by", ["argument", "assignment"])
+def test_all_processes_fail_where_it_cannot_be_read(tmp_path, by):
+    ranks = Ranks(read_on_ranks, (str(tmp_path / "out"), str(tmp_path / "none"), by), tmp_path / "logs")
+    assert ranks.wait(60) == [1, 1], ranks.logs()
+    for rank in range(2):
+        log = (tmp_path / "logs" / f"rank{rank}.log").read_text()
+        assert f"{tmp_path / 'none'} does not exist" in log.rsplit("Traceback", 1)[-1], log
 
 
 def assign_on_ranks(mode, mode_options, output_dir):

@@ -119,8 +119,8 @@ def make_trainer(output_dir: Any, trainer_class: Any = None, **options: Any) -> 
     }
     if issubclass(trainer_class, ExGRPOTrainer):
         own = ("experience_buffer", "question_sampler", "completion_selector", "admission", "eviction", "weighting")
-        # A name is a field of the config, anything else a strategy.
-        arguments |= {name: None for name in own if not isinstance(options.get(name), str)}
+        # The name of an eviction rule is a field of the config, anything else an argument.
+        arguments |= {name: None for name in own if name != "eviction" or not isinstance(options.get(name), str)}
         config_class: Any = ExGRPOConfig
         options.setdefault("replay_start_pass_rate", None)
     else:

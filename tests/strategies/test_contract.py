@@ -90,6 +90,42 @@ def test_what_cannot_be_called_is_refused(kind, rule):
         as_strategy(kind, rule)
 
 
+ARGUMENTS = {
+    "question_sampler": "uniform",
+    "completion_selector": "most_recent",
+    "admission": "reward_std",
+    "eviction": "oldest",
+    "weighting": "balanced",
+}
+
+
+def test_a_name_is_that_of_a_built_in_strategy():
+    args = config(shaping_beta=0.5)
+    chosen = Strategies.choose(args, **ARGUMENTS)
+    assert {name: type(strategy).__name__ for name, strategy in chosen.items()} == {
+        "question_sampler": "UniformSampler",
+        "completion_selector": "MostRecent",
+        "admission": "RewardSpread",
+        "eviction": "Oldest",
+        "weighting": "Balanced",
+    }
+    assert chosen.weighting.beta == 0.5
+    with pytest.raises(ValueError, match=r"weighting='shaped' does not take replay_weighting_kwargs=.*'epsilon_low'"):
+        Strategies.choose(
+            config(replay_weighting="clipped", replay_weighting_kwargs={"epsilon_low": 0.1}), weighting="shaped"
+        )
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_what_is_no_strategy_is_refused(argument):
+    with pytest.raises(ValueError, match=rf"{argument}='best' is unknown\. Choose one of '"):
+        Strategies.choose(config(), **{argument: "best"})
+    for wrong in (0, [], "", {}, False, Counter):
+        with pytest.raises((TypeError, ValueError), match=r"Pass a function|Choose one of") as error:
+            Strategies.choose(config(), **{argument: wrong})
+        assert repr(wrong) in str(error.value)
+
+
 def test_parameters_come_from_fields_and_from_kwargs():
     chosen = Strategies.choose(config(bucket_mean=0.25, replay_weighting="clipped", epsilon=0.1))
     assert (chosen.question_sampler.bucket_mean, chosen.question_sampler.bucket_std) == (0.25, 1.0)

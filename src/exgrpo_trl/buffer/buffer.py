@@ -125,6 +125,18 @@ class ExperienceBuffer:
     def __contains__(self, question_id: object) -> bool:
         return question_id in self._store.questions
 
+    def __len__(self) -> int:
+        """Number of stored completions."""
+        return self.num_completions
+
+    def __bool__(self) -> bool:
+        """True, empty or not: `given or default` must not drop a buffer that is yet to be filled."""
+        return True
+
+    def __iter__(self) -> Iterator[tuple[Question, int, Experience]]:
+        """The same as [`~ExperienceBuffer.items`]."""
+        return self.items()
+
     def __repr__(self) -> str:
         return (
             f"ExperienceBuffer(questions={self.num_questions}, completions={self.num_completions}, "
@@ -380,7 +392,17 @@ class ExperienceBuffer:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
-        """Load from a directory that [`~ExperienceBuffer.save`] wrote, see [`load_buffer`]."""
+        """
+        Load a saved buffer, which goes on exactly as the saved one would have.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                Directory that [`~ExperienceBuffer.save`] wrote, a checkpoint that contains one, or the directory of a
+                run: then it is the buffer of its newest complete checkpoint.
+
+        Raises:
+            ExperienceBufferError: if it is missing, damaged, incomplete, or written by a newer version.
+        """
         from .files import load_buffer
 
         return load_buffer(path, cls)
@@ -389,7 +411,7 @@ class ExperienceBuffer:
         """One row per stored completion, see [`completions_to_dataset`]; retired questions are not in it."""
         from .tables import completions_to_dataset
 
-        return completions_to_dataset(self.items())
+        return completions_to_dataset(self.items(), self.provenance)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, *, group_size: int, **kwargs: Any) -> ExperienceBuffer:
@@ -398,17 +420,17 @@ class ExperienceBuffer:
 
         Args:
             dataset (`datasets.Dataset`):
-                One row per completion, with the columns of [`~ExperienceBuffer.to_dataset`]. Of several rows of a
-                question the last one decides the bucket.
+                One row per completion, with the columns of [`~ExperienceBuffer.to_dataset`]; `provenance` may be
+                missing. Of several rows of a question the last one decides the bucket.
             group_size (`int`):
                 Completions per question at training time (K).
             **kwargs:
                 Further arguments of [`ExperienceBuffer`].
 
         Raises:
-            ValueError: if a column is missing or holds something else.
+            ValueError: if a column is missing or holds something else, or the provenance of two rows differs.
         """
-        from .tables import completions_from_dataset
+        from .tables import completions_from_dataset, provenance_from_dataset
 
         buffer = cls(group_size=group_size, **kwargs)
         for question, experience, bucket in completions_from_dataset(dataset):
@@ -417,6 +439,7 @@ class ExperienceBuffer:
                 question, [experience], _checked_count("bucket", bucket, group_size)
             )
             buffer.num_duplicates += num_duplicates
+        buffer.provenance = provenance_from_dataset(dataset)
         buffer.set_limits(capacity=buffer.capacity, max_completions_per_question=buffer.max_completions_per_question)
         return buffer
 

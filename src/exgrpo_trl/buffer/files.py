@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ..examples import decode_example, encode_example
 from ..records import Experience, ExperienceBufferError, Question
+from .locations import find_buffer, hidden_names, resolved
 from .metadata import (
     COMPLETIONS_FILE,
     DATA_FILES,
@@ -76,9 +77,9 @@ def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
         ExperienceBufferError: if `path` holds something else than an experience buffer.
         TypeError: if an example, `provenance` or `replay_state` holds what cannot be saved.
     """
-    target = _resolved(path)
+    target = resolved(path)
     _refuse_foreign(target)
-    temporary, replaced = _hidden_names(target)
+    temporary, replaced = hidden_names(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if replaced.exists() and not target.exists():
         # A save died between its two renames; its old buffer is the only complete one that is sure to be there.
@@ -105,16 +106,14 @@ def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer]) -> Buf
 
     Args:
         path (`str` or `os.PathLike`):
-            Directory of the buffer.
+            Directory of the buffer, of a checkpoint or of a run, see [`find_buffer`].
         buffer_class (`type`):
             Class of the buffer, with the constructor of [`ExperienceBuffer`].
 
     Raises:
         ExperienceBufferError: if it is missing, damaged, incomplete, or written by a newer version.
     """
-    target = _resolved(path)
-    replaced = _hidden_names(target)[1]
-    source = replaced if replaced.exists() and not target.exists() else target
+    source = find_buffer(path)
     try:
         return _read_files(source, buffer_class)
     except ExperienceBufferError:
@@ -243,15 +242,6 @@ def _row_groups(file: Path, schema: pa.Schema) -> Iterator[pa.Table]:
             raise ValueError(f"{file.name} has the columns {parquet.schema_arrow.names}, expected {schema.names}")
         for index in range(parquet.num_row_groups):
             yield parquet.read_row_group(index, use_threads=False)
-
-
-def _resolved(path: str | os.PathLike[str]) -> Path:
-    return Path(os.path.realpath(path))
-
-
-def _hidden_names(target: Path) -> tuple[Path, Path]:
-    """Where a buffer is written, and where the one that it replaces waits."""
-    return target.with_name(f".{target.name}.saving"), target.with_name(f".{target.name}.replaced")
 
 
 def _refuse_foreign(target: Path) -> None:

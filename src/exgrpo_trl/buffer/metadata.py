@@ -26,12 +26,6 @@ RESUME_HINT = "Resume from an earlier checkpoint, or put an empty buffer in its 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The checked content of a saved buffer's `metadata.json`."""
     directory = Path(path)
-    if not directory.is_dir():
-        fail(
-            directory,
-            "does not exist. Check the path; to go on with an empty one: "
-            f"ExperienceBuffer().save({str(directory)!r}).",
-        )
     file = directory / METADATA_FILE
     if not file.is_file():
         fail(directory, f"has no {METADATA_FILE}. {RESUME_HINT}")

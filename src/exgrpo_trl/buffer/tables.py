@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -31,6 +32,8 @@ EXPERIENCE_SCHEMA = pa.schema(
 LATER_COLUMNS = {"prompt_hash": UNKNOWN_PROMPT}
 QUESTION_SCHEMA = pa.schema([("question_id", pa.string()), ("example", pa.large_string()), ("bucket", pa.int32())])
 DATASET_SCHEMA = pa.unify_schemas([QUESTION_SCHEMA, EXPERIENCE_SCHEMA])
+# The same JSON in every row. Datasets drop everything but columns on their way through Parquet files.
+PROVENANCE = "provenance"
 
 # Bounds of one batch, so that memory use while saving and loading does not grow with the buffer.
 TOKENS_PER_BATCH = 2**21
@@ -117,17 +120,22 @@ def with_later_columns(table: pa.Table) -> pa.Table:
     return table
 
 
-def completions_to_dataset(items: Iterable[tuple[Question, int, Experience]]) -> Dataset:
+def completions_to_dataset(
+    items: Iterable[tuple[Question, int, Experience]], provenance: Mapping[str, Any]
+) -> Dataset:
     """
     Dataset of the stored completions, one per row.
 
     Columns: `question_id`, `example` (JSON, see [`encode_example`]), `bucket`, `token_ids`,
     `behavior_per_token_logps` (nats), `policy_version` (optimizer steps), `reward`, `entropy` (nats, NaN if unknown)
-    and `prompt_hash` (0 if unknown). Rows go by bucket, question and age.
+    `prompt_hash` (0 if unknown) and `provenance` (JSON, null if unknown, the same in every row). Rows go by bucket,
+    question and age.
 
     Args:
         items (`Iterable[tuple]`):
             Question, bucket and completion of each row, see [`ExperienceBuffer.items`].
+        provenance (`Mapping[str, Any]`):
+            What the tokens depend on, see [`ExperienceBuffer`].
     """
     from datasets import Dataset
 
@@ -141,7 +149,9 @@ def completions_to_dataset(items: Iterable[tuple[Question, int, Experience]]) ->
             pa.array(values, kind) for values, kind in zip(zip(*keys, strict=True), QUESTION_SCHEMA.types, strict=True)
         ]
         batches.append(pa.record_batch(columns + experiences_to_arrays(experiences), schema=DATASET_SCHEMA))
-    return Dataset(pa.Table.from_batches(batches, schema=DATASET_SCHEMA))
+    table = pa.Table.from_batches(batches, schema=DATASET_SCHEMA)
+    text = pa.scalar(json.dumps(provenance, sort_keys=True) if provenance else None, pa.string())
+    return Dataset(table.append_column(PROVENANCE, pa.repeat(text, len(table))))
 
 
 def completions_from_dataset(dataset: Dataset) -> Iterator[tuple[Question, Experience, int]]:
@@ -182,6 +192,33 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[tuple[Question, Exper
             strict=True,
         ):
             yield Question(question_id, decode_example(example)), experience, bucket
+
+
+def provenance_from_dataset(dataset: Dataset) -> dict[str, Any]:
+    """
+    What the stored tokens of a dataset depend on, as far as it says so.
+
+    Raises:
+        ValueError: if it is not JSON, or completions of different provenance are in the dataset.
+    """
+    if PROVENANCE not in dataset.column_names:
+        return {}
+    provenance: dict[str, Any] = {}
+    texts = dataset.select_columns([PROVENANCE]).with_format(None).unique(PROVENANCE)
+    for text in filter(None, texts):
+        try:
+            found = json.loads(text)
+            pairs = found.items()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"The column {PROVENANCE!r} must hold a JSON object, got {text!r}.") from error
+        for name, value in pairs:
+            if provenance.setdefault(name, value) != value:
+                raise ValueError(
+                    f"The dataset mixes completions of different provenance: {name}={provenance[name]!r} and "
+                    f"{name}={value!r}. Import those of one alone, for example dataset.filter(lambda row: "
+                    f"row[{PROVENANCE!r}] == dataset[0][{PROVENANCE!r}])."
+                )
+    return provenance
 
 
 def _lists(table: pa.Table | pa.RecordBatch, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from .. import __version__
 from ..records import ExperienceBufferError
 from . import show
 
@@ -17,6 +18,7 @@ COMMANDS = {"show": show}
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `exgrpo-trl`."""
     parser = argparse.ArgumentParser(prog="exgrpo-trl", description="Look at what an ExGRPO run has stored.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         command.add_arguments(parsers.add_parser(name, help=command.HELP, description=command.__doc__))

@@ -14,16 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ..buffer import ExperienceBuffer
+from ..buffer.locations import find_buffer
 from ..buffer.metadata import read_metadata
 
 HELP = "summary of a saved experience buffer"
-BUFFER_FOLDER = "experience_buffer"
 BAR_WIDTH = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
-    parser.add_argument("path", type=Path, help="directory of the buffer, or a checkpoint that contains one")
+    parser.add_argument("path", type=Path, help="directory of a buffer, of a checkpoint or of a run")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -39,8 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def summarize(path: Path) -> dict[str, Any]:
     """What `exgrpo-trl show` reports, as plain JSON."""
-    nested = path / BUFFER_FOLDER
-    directory = nested if nested.is_dir() else path
+    directory = find_buffer(path)
     buffer = ExperienceBuffer.load(directory)
     metadata = read_metadata(directory)
     versions = [experience.policy_version for _, _, experience in buffer.items()]

@@ -79,8 +79,9 @@ def as_strategy(kind: type[Kind], rule: Callable[..., Any]) -> Kind:
         return rule
     if not callable(rule) or isinstance(rule, type):
         raise TypeError(
-            f"A {kind.__name__} must be callable with the arguments of {kind.__name__}.__call__, got {rule!r}. Pass a "
-            "function, or an object of a class that derives from it."
+            f"A {kind.__name__} must be callable with the arguments of {kind.__name__}.__call__, got {rule!r}. Pass "
+            "a function, an object of a class that derives from it (not the class itself), or the name of a built-in "
+            "one."
         )
     members = {name: getattr(rule, name) for name in _OPTIONAL if hasattr(rule, name)}
     followed = type(f"{kind.__name__}FromFunction", (kind,), {"__call__": lambda self, *args: rule(*args)})()
@@ -89,14 +90,19 @@ def as_strategy(kind: type[Kind], rule: Callable[..., Any]) -> Kind:
 
 
 def make_strategy(
-    kinds: Mapping[str, Callable[..., Kind]], field: str, name: str, parameters: Mapping[str, Any]
+    kinds: Mapping[str, Callable[..., Kind]],
+    field: str,
+    name: str,
+    parameters: Mapping[str, Any],
+    named_by: str | None = None,
 ) -> Kind:
-    """The built-in strategy of a name."""
+    """The built-in strategy of a name, which a field of the configuration gives or an argument of the trainer."""
+    named_by = named_by or field
     if not isinstance(name, str) or name not in kinds:
-        raise ValueError(f"{field}={name!r} is unknown. Choose one of {', '.join(map(repr, kinds))}.")
+        raise ValueError(f"{named_by}={name!r} is unknown. Choose one of {', '.join(map(repr, kinds))}.")
     try:
         return kinds[name](**parameters)
     except TypeError as error:
-        raise ValueError(f"{field}={name!r} does not take {field}_kwargs={dict(parameters)}: {error}.") from error
+        raise ValueError(f"{named_by}={name!r} does not take {field}_kwargs={dict(parameters)}: {error}.") from error
     except ValueError as error:
-        raise ValueError(f"{field}={name!r} does not take {field}_kwargs={dict(parameters)}: {error}") from error
+        raise ValueError(f"{named_by}={name!r} does not take {field}_kwargs={dict(parameters)}: {error}") from error

@@ -32,26 +32,9 @@ class Strategies:
     weighting: ReplayWeighting
 
     @classmethod
-    def choose(
-        cls,
-        args: ExGRPOConfig,
-        *,
-        question_sampler: Callable[..., Any] | None = None,
-        completion_selector: Callable[..., Any] | None = None,
-        admission: Callable[..., Any] | None = None,
-        eviction: Callable[..., Any] | None = None,
-        weighting: Callable[..., Any] | None = None,
-    ) -> Strategies:
-        """The given strategies, and those that the configuration names for the others."""
-
-        chosen: tuple[tuple[type[Strategy], Callable[..., Any]], ...] = (
-            (QuestionSampler, question_sampler or _named(QUESTION_SAMPLERS, "question_sampling", args)),
-            (CompletionSelector, completion_selector or _named(COMPLETION_SELECTORS, "completion_selection", args)),
-            (AdmissionRule, admission or _named(ADMISSION_RULES, "difficulty", args)),
-            (EvictionRule, eviction or _named(EVICTION_RULES, "eviction", args)),
-            (ReplayWeighting, weighting or _named(REPLAY_WEIGHTINGS, "replay_weighting", args)),
-        )
-        return cls(*(as_strategy(kind, rule) for kind, rule in chosen))  # type: ignore[arg-type]
+    def choose(cls, args: ExGRPOConfig, **given: Callable[..., Any] | str | None) -> Strategies:
+        """The given strategies, built-in ones by name, and those that the configuration names for the others."""
+        return cls(**{name: _chosen(name, given.get(name), args) for name in _KINDS})
 
     def items(self) -> Iterator[tuple[str, Strategy]]:
         """All of them with their names."""
@@ -93,6 +76,15 @@ class Strategies:
                 )
 
 
+# By argument of the trainer: the class, the built-in ones, and the field of the configuration that names one of them.
+_KINDS: dict[str, tuple[type[Strategy], Mapping[str, Any], str]] = {
+    "question_sampler": (QuestionSampler, QUESTION_SAMPLERS, "question_sampling"),
+    "completion_selector": (CompletionSelector, COMPLETION_SELECTORS, "completion_selection"),
+    "admission": (AdmissionRule, ADMISSION_RULES, "difficulty"),
+    "eviction": (EvictionRule, EVICTION_RULES, "eviction"),
+    "weighting": (ReplayWeighting, REPLAY_WEIGHTINGS, "replay_weighting"),
+}
+
 # Fields of the configuration that are parameters of a built-in strategy; further ones come from the kwargs.
 _FIELDS: dict[str, dict[str, str]] = {
     "gaussian": {"bucket_mean": "bucket_mean", "bucket_std": "bucket_std"},
@@ -102,12 +94,22 @@ _FIELDS: dict[str, dict[str, str]] = {
 }
 
 
-def _named(kinds: Mapping[str, Any], field: str, args: ExGRPOConfig) -> Strategy:
-    """The built-in strategy that a field of the configuration names."""
-    name, given = getattr(args, field), getattr(args, f"{field}_kwargs") or {}
+def _chosen(argument: str, given: Callable[..., Any] | str | None, args: ExGRPOConfig) -> Any:
+    """The given strategy, or the built-in one that the argument or else the configuration names."""
+    kind, built_in, field = _KINDS[argument]
+    if isinstance(given, str):
+        return _named(built_in, argument, given, field, args)
+    if given is None:
+        return _named(built_in, field, getattr(args, field), field, args)
+    return as_strategy(kind, given)
+
+
+def _named(built_in: Mapping[str, Any], named_by: str, name: str, field: str, args: ExGRPOConfig) -> Strategy:
+    """The built-in strategy of a name, with the parameters of the configuration; `named_by` is for messages."""
+    given = getattr(args, f"{field}_kwargs") or {}
     if not isinstance(given, Mapping):
         raise ValueError(f"{field}_kwargs={given!r} must be a dict of parameters, or None.")
-    own = _FIELDS.get(name, {})
+    own = _FIELDS.get(name, {}) if isinstance(name, str) else {}
     for parameter, own_field in own.items():
         value, default = getattr(args, own_field), type(args).__dataclass_fields__[own_field].default
         if parameter in given and not own_field.startswith("epsilon") and value not in (default, given[parameter]):
@@ -115,9 +117,8 @@ def _named(kinds: Mapping[str, Any], field: str, args: ExGRPOConfig) -> Strategy
                 f"{own_field}={value!r} and {field}_kwargs={dict(given)} set the same parameter to different values. "
                 "Set one of them."
             )
-    return make_strategy(
-        kinds, field, name, {**{p: getattr(args, own_field) for p, own_field in own.items()}, **given}
-    )
+    parameters = {parameter: getattr(args, own_field) for parameter, own_field in own.items()} | dict(given)
+    return make_strategy(built_in, field, name, parameters, named_by)
 
 
 def _name_of(strategy: Strategy) -> str:
