@@ -123,7 +123,7 @@ def test_columns_for_the_loss():
     second.number, second.token_ids = 3, [[1], [4], [2, 3], [1], [1], [1]]
     columns = second.columns(padded(second.token_ids))
     assert set(columns) == set(COLUMNS)
-    assert columns["rollout_identity"][:, :3].tolist() == [[3, row, 2 if row == 8 else 1] for row in range(6, 12)]
+    assert columns["rollout_rows"][:, :3].tolist() == [[3, row, 2 if row == 8 else 1] for row in range(6, 12)]
     assert columns["is_replayed"].tolist() == [False, True, False, False, False, False]
     assert columns["behavior_per_token_logps"].tolist() == [[0] * 4, [-4, 0, 0, 0], *([[0] * 4] * 4)]
 
@@ -186,7 +186,7 @@ def test_what_all_processes_know_is_united():
         admit(batch, is_worth_storing)
         batch.record(range(batch.first_row, batch.first_row + 6), -torch.ones(6, 1), torch.ones(6, 1))
     shares = [batch.share() for batch in (first, second)]
-    assert shares[0] == Share({}, first.experiences), "group 1 had no success, group 0 is replayed"
+    assert shares[0] == Share({}, first.experiences, ("b",)), "group 1 had no success, group 0 is replayed"
     first.unite(shares)
     told = [(group, q.question_id, len(stored)) for group, q, stored in first.groups()]
     assert told == [(0, "old", 1), (2, "older", 0), (3, "d", 3)]

@@ -78,7 +78,7 @@ def trl_sampler(num_rows, shuffle=True, batch_size=2):
 
 def active_only(sampler, dropped=frozenset(), epoch=0, num_rows=8, rows_per_batch=6):
     return ActiveQuestionSampler(
-        sampler, lambda: (epoch, set(dropped)), num_rows=num_rows, rows_per_batch=rows_per_batch, seed=7
+        sampler, lambda: (epoch, set(dropped), set()), num_rows=num_rows, rows_per_batch=rows_per_batch, seed=7
     )
 
 
@@ -187,7 +187,7 @@ def test_it_is_of_the_class_of_the_sampler():
 
 
 def first_epoch():
-    return 0, {1}
+    return 0, {1}, set()
 
 
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda sampler: pickle.loads(pickle.dumps(sampler))])
@@ -207,7 +207,7 @@ def test_a_copy_is_a_sampler_of_its_own(way):
 def test_a_deep_copy_leaves_the_trainer_alone():
     class Trainer:
         def begin_epoch(self):
-            return 0, {1}
+            return 0, {1}, set()
 
         def __deepcopy__(self, memo):
             raise AssertionError("copied with its model")

@@ -32,6 +32,10 @@ def filled_buffer(num_questions=4, completions=2):
     return buffer
 
 
+def id_of(row):
+    return row["prompt"]
+
+
 def make_replayer(buffer=None, score=None, rows=(), **options):
     strategies = {name: options.pop(name) for name in ("question_sampler", "completion_selector") if name in options}
     args = ExGRPOConfig(
@@ -55,8 +59,9 @@ def make_replayer(buffer=None, score=None, rows=(), **options):
 
 def step(replayer, rewards, global_step=0, names="abcd", is_trained=True):
     """One batch: plan, place, reward, record, but collect; fresh completions are [row, step]."""
-    batch = replayer.next_batch(K * NUM_GROUPS, global_step)
-    placed = batch.place([{"prompt": f"q{name}"} for name in names for _ in range(K)], lambda row: row["prompt"])
+    rows = [{"prompt": f"q{name}"} for name in names for _ in range(K)]
+    batch = replayer.next_batch(rows, global_step)
+    placed = batch.place(rows, id_of if replayer.questions.is_stream else replayer.questions.id_of)
     token_ids = [[100 + row, 200 + global_step] for row in range(K * NUM_GROUPS)]
     batch.take_rewards(torch.tensor(rewards, dtype=torch.float32).reshape(-1, 1), token_ids)
     completion_ids, mask = torch.tensor(token_ids), torch.ones(K * NUM_GROUPS, 2)
@@ -71,6 +76,7 @@ def step(replayer, rewards, global_step=0, names="abcd", is_trained=True):
     return batch
 
 
+ROWS = [{"prompt": f"x{row // K}"} for row in range(K * NUM_GROUPS)]
 ONE_EACH = [[1, 0, 0, 0]] * NUM_GROUPS
 
 
@@ -82,7 +88,7 @@ def test_half_of_the_questions_and_the_completion_of_lowest_entropy():
         return [(float(ids[1]), 0.0) for _, ids in prompted]
 
     replayer = make_replayer(score=score)
-    batch = replayer.next_batch(K * NUM_GROUPS, 7)
+    batch = replayer.next_batch(ROWS, 7)
     assert len(batch.replays) == 2
     assert [replay.row for replay in batch.replays] == sorted(replay.row for replay in batch.replays)
     for replay in batch.replays:
@@ -98,7 +104,7 @@ def test_half_of_the_questions_and_the_completion_of_lowest_entropy():
 def test_nothing_is_scored_where_nothing_depends_on_it(options):
     buffer = filled_buffer(completions=options.pop("completions", 2))
     replayer = make_replayer(buffer, score=lambda prompted: pytest.fail("scored"), **options)
-    batch = replayer.next_batch(K * NUM_GROUPS, 0)
+    batch = replayer.next_batch(ROWS, 0)
     assert [replay.entropy for replay in batch.replays] == [None, None]
 
 
@@ -107,7 +113,7 @@ def test_successes_enter_the_buffer_with_the_next_plan():
     batch = step(replayer, [[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]], global_step=5)
     assert replayer.buffer.num_completions == 0
     assert not batch.is_collected
-    replayer.next_batch(K * NUM_GROUPS, 6)
+    replayer.next_batch(ROWS, 6)
     assert batch.is_collected
     assert {s: list(ids) for s, ids in replayer.buffer.buckets().items()} == {1: ["qd"], 2: ["qa"]}
     assert [e.token_ids.tolist() for e in replayer.buffer.completions("qa")] == [[100, 205], [101, 205]]
@@ -142,7 +148,7 @@ def test_versions_go_on_above_those_of_the_buffer():
     buffer.collect(Question("q0", {"prompt": "q0"}), [stored(7, 9, version=41)], num_correct=2, group_size=K)
     replayer = make_replayer(buffer)
     replayer.begin_training()
-    assert replayer.next_batch(K * NUM_GROUPS, 3).policy_version == 45
+    assert replayer.next_batch(ROWS, 3).policy_version == 45
 
 
 def test_the_state_survives_json_and_decides_what_comes_next():
@@ -170,7 +176,7 @@ def test_the_state_survives_json_and_decides_what_comes_next():
 def test_state_of_a_version_without_strategies():
     replayer = make_replayer()
     state = replayer.state_dict()
-    del state["state_version"], state["strategies"], state["success_rule"]
+    del state["state_version"], state["strategies"], state["success_rule"], state["coverage"]
     state["replayer"]["tokens_saved"] = 77
     replayer.load_state_dict(json.loads(json.dumps(state)))
     assert replayer.metrics.tokens_saved == 77
@@ -220,17 +226,17 @@ def test_a_stateful_sampler_observes_reports_and_is_saved(tmp_path):
 def test_an_epoch_leaves_out_what_had_retired_when_it_began():
     replayer = make_replayer(filled_buffer(0), rows=["qa", "qb", "qc"])
     replayer.buffer.retire(question_id_of("qb"))
-    assert replayer.begin_epoch(1) == {1}
+    assert replayer.begin_epoch(1) == ({1}, set())
     replayer.buffer.retire(question_id_of("qa"))
-    assert replayer.begin_epoch(1) == {1}, "the same epoch, resumed"
-    assert replayer.begin_epoch(2) == {0, 1}
+    assert replayer.begin_epoch(1) == ({1}, set()), "the same epoch, resumed"
+    assert replayer.begin_epoch(2) == ({0, 1}, set())
 
 
 def test_a_batch_is_collected_before_an_epoch_begins():
     replayer = make_replayer(filled_buffer(0), rows=["qa"])
     step(replayer, [[1, 1, 1, 1]] + [[0, 0, 0, 0]] * 3)
     replayer.begin_epoch(0)
-    assert list(replayer.buffer.retired) == ["qa"]
+    assert list(replayer.buffer.retired) == [question_id_of("qa")]
 
 
 def test_of_several_batches_the_one_that_is_trained_is_collected():
@@ -238,10 +244,10 @@ def test_of_several_batches_the_one_that_is_trained_is_collected():
     rejected = step(replayer, ONE_EACH, names="1234", is_trained=False)
     chosen = step(replayer, ONE_EACH, names="abcd")
     late = step(replayer, ONE_EACH, names="5678", is_trained=False)
-    replayer.next_batch(K * NUM_GROUPS, 1)
+    replayer.next_batch(ROWS, 1)
     assert [batch.is_collected for batch in (rejected, chosen, late)] == [False, True, False]
     assert set(replayer.buffer.buckets()[1]) == {"qa", "qb", "qc", "qd"}
-    replayer.next_batch(K * NUM_GROUPS, 1)
+    replayer.next_batch(ROWS, 1)
     replayer.collect()
     assert replayer.buffer.num_completions == 4
 
@@ -266,7 +272,7 @@ def test_rows_of_two_batches_may_be_trained_together():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda inputs: inputs.pop("rollout_identity"), r"\['rollout_identity'\] are missing"),
+        (lambda inputs: inputs.pop("rollout_rows"), r"\['rollout_rows'\] are missing"),
         (lambda inputs: inputs["completion_ids"].__setitem__((3, 1), 7), "row 3 holds other tokens in the loss"),
         (
             lambda inputs: inputs.update(completion_ids=inputs["completion_ids"][:5]),
@@ -301,11 +307,11 @@ def test_a_completion_whose_prompt_renders_to_other_tokens_is_not_replayed():
     for buffer, expected in ((replayer.buffer, 2), (filled_buffer(4), 2)):
         resumed = make_replayer(buffer)
         resumed.begin_training()
-        assert len(resumed.next_batch(K * NUM_GROUPS, 1).replays) == expected
+        assert len(resumed.next_batch(ROWS, 1).replays) == expected
         resumed.tokenize = lambda prompts: [[int(prompt[1:], 36), 99, 7] for prompt in prompts]
         resumed.begin_training()
         # Completions that do not know their prompt (of an earlier version) are judged by the chat template.
-        assert len(resumed.next_batch(K * NUM_GROUPS, 1).replays) == (0 if buffer is replayer.buffer else 2)
+        assert len(resumed.next_batch(ROWS, 1).replays) == (0 if buffer is replayer.buffer else 2)
     assert replayer.buffer.num_completions == 4, "nothing is lost"
 
 
@@ -317,8 +323,31 @@ def test_questions_that_are_gone_are_not_drawn_and_new_successes_bring_them_back
     replayer = make_replayer(buffer, rows=names[:1])
     replayer.begin_training()
     for global_step in range(5):
-        batch = replayer.next_batch(K * NUM_GROUPS, global_step)
+        batch = replayer.next_batch(ROWS, global_step)
         assert [replay.question.question_id for replay in batch.replays] == [question_id_of("q0")]
     assert buffer.num_questions == 4
     replayer.replayable.collected(question_id_of("q2"))
-    assert len(replayer.next_batch(K * NUM_GROUPS, 5).replays) == 2
+    assert len(replayer.next_batch(ROWS, 5).replays) == 2
+
+
+def test_questions_of_a_later_phase_that_replay_displaced_come_first():
+    names = [f"q{number}" for number in range(8)]
+    replayer = make_replayer(filled_buffer(0), rows=["q9"], retire_solved=False)
+    replayer.bind(TrainingQuestions(Dataset.from_dict({"prompt": names}), None))
+    assert replayer.begin_epoch(0) == (set(), set(range(8)))
+    seen = set()
+    for number, some in enumerate((names[:4], names[4:])):
+        batch = step(replayer, ONE_EACH, number, names=[name[1:] for name in some])
+        seen |= {row for group, row in enumerate(some) if group not in batch.replayed_questions}
+    replayer.collect()
+    displaced = {index for index, name in enumerate(names) if name not in seen}
+    assert len(displaced) == 2
+    _, first = replayer.begin_epoch(1)
+    assert first == displaced
+    # In a batch with both of them, replay takes the places of the others.
+    others = [name for name in names if name in seen][:2]
+    together = [names[index] for index in displaced] + others
+    batch = step(replayer, ONE_EACH, 2, names=[name[1:] for name in together])
+    assert set(batch.replayed_questions) == {2, 3}
+    replayer.collect()
+    assert replayer.begin_epoch(2) == (set(), set())

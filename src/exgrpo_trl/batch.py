@@ -17,7 +17,8 @@ from .records import Experience, Question, Replay, prompt_hash
 from .strategies.admission import Admission
 
 # What travels with the rows of a batch to their loss, and not to TRL's.
-COLUMNS = ("behavior_per_token_logps", "is_replayed", "rollout_identity")
+IDENTITY = "rollout_rows"
+COLUMNS = ("behavior_per_token_logps", "is_replayed", IDENTITY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Share:
 
     questions: dict[int, Question]
     experiences: dict[int, Experience]
+    generated: tuple[str, ...] = ()  # ids of all fresh groups
 
 
 @dataclass(eq=False)
@@ -286,7 +288,7 @@ class Batch:
         Returns:
             `dict[str, torch.Tensor]`:
                 `behavior_per_token_logps` of shape `(num_rows, T)`, 0 in fresh rows and on padding; `is_replayed` of
-                shape `(num_rows,)`; `rollout_identity` of shape `(num_rows, 4)`: number of the batch, row, number of
+                shape `(num_rows,)`; `rollout_rows` of shape `(num_rows, 4)`: number of the batch, row, number of
                 tokens, and their checksum.
         """
         device = completion_ids.device
@@ -301,7 +303,7 @@ class Batch:
         return {
             "behavior_per_token_logps": behavior_logps.to(device),
             "is_replayed": is_replayed.to(device),
-            "rollout_identity": torch.stack([numbers, rows, lengths, checksum(completion_ids, lengths)], dim=1),
+            IDENTITY: torch.stack([numbers, rows, lengths, checksum(completion_ids, lengths)], dim=1),
         }
 
     def entropies_of(self, logps: torch.Tensor, is_own: torch.Tensor) -> torch.Tensor:
@@ -366,7 +368,7 @@ class Batch:
     def share(self) -> Share:
         """What this process knows that the buffer needs."""
         questions = {group: question for group, question in self.questions.items() if self.concerns_buffer[group]}
-        return Share(questions, self.experiences)
+        return Share(questions, self.experiences, tuple(question.question_id for question in self.questions.values()))
 
     def unite(self, shares: Sequence[Share]) -> None:
         """Bring together what all processes know; on the main process."""

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
 from .config import ExGRPOConfig
+from .coverage import deal
 from .examples import encode_example, row_question_id
 from .questions import TrainingQuestions
 
@@ -147,8 +148,9 @@ class ActiveQuestionSampler(Sampler[int]):
     Args:
         sampler ([`~torch.utils.data.Sampler`]):
             Sampler over the whole dataset.
-        begin_epoch (`Callable[[], tuple[int, set[int]]]`):
-            Called when an epoch begins; returns its number and the dataset indices to leave out.
+        begin_epoch (`Callable[[], tuple[int, set[int], set[int]]]`):
+            Called when an epoch begins; returns its number, the dataset indices to leave out, and those that must come
+            up.
         num_rows (`int`):
             Rows of the dataset.
         rows_per_batch (`int`):
@@ -160,7 +162,7 @@ class ActiveQuestionSampler(Sampler[int]):
     def __init__(
         self,
         sampler: Any,
-        begin_epoch: Callable[[], tuple[int, set[int]]],
+        begin_epoch: Callable[[], tuple[int, set[int], set[int]]],
         num_rows: int,
         rows_per_batch: int,
         seed: int,
@@ -211,18 +213,20 @@ class ActiveQuestionSampler(Sampler[int]):
     # The order
 
     def __iter__(self) -> Iterator[int]:
-        epoch, dropped = self._begin_epoch()
+        epoch, dropped, first = self._begin_epoch()
         is_of_trl = type(self._sampler).__iter__ is RepeatSampler.__iter__
         if not dropped and (epoch == 0 or not is_of_trl):
             yield from self._sampler
         elif is_of_trl:
-            yield from self._drawn_anew(epoch, dropped)
+            yield from self._drawn_anew(epoch, dropped, first)
         else:
             yield from self._substituted(epoch, dropped)
 
-    def _drawn_anew(self, epoch: int, dropped: set[int]) -> Iterator[int]:
+    def _drawn_anew(self, epoch: int, dropped: set[int], first: set[int]) -> Iterator[int]:
         """TRL's order, over a list of active questions that is as long as the dataset."""
         order = self._order(epoch, dropped)
+        if first:
+            order = deal(order, first - dropped, self._sampler.batch_size)
         repeated = RepeatSampler(
             data_source=order,
             mini_repeat_count=self._sampler.mini_repeat_count,

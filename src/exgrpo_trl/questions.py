@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -85,6 +85,10 @@ class TrainingQuestions:
         if question_id in self._shared_prompts:
             return _id_of_row(question_id, canonical_rest(row))
         return question_id
+
+    def ids(self) -> Collection[str]:
+        """Ids of all questions of a map-style dataset."""
+        return self._rows_of.keys()
 
     def rows_of(self, question_id: str) -> Sequence[int]:
         """Rows of a question in a map-style dataset."""

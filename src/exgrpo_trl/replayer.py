@@ -2,17 +2,18 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
-from .batch import COLUMNS, Batch, Plan, Share, checksum, plan_rows
+from .batch import COLUMNS, IDENTITY, Batch, Plan, Share, checksum, plan_rows
 from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
+from .coverage import Coverage, spare
 from .dataset import DroppedQuestions
 from .metrics import LogRatios, ReplayMetrics
 from .notices import Notices
@@ -96,6 +97,7 @@ class Replayer:
         self.batch: Batch | None = None
         self.num_losses = 0
         self.is_stopped = False
+        self.coverage = Coverage()
         self._open: dict[int, Batch] = {}  # batches whose rows may still be trained, by number
         self._num_planned = 0
         self.rng = np.random.default_rng([args.seed, 1])  # a stream apart from the buffer's
@@ -138,6 +140,7 @@ class Replayer:
         """Take the questions of another dataset, at the beginning of a run."""
         self.questions = questions
         self.dropped_questions.questions = questions
+        self.coverage.begin_phase(questions.ids())
 
     def _begin_training(self) -> None:
         newest = max((experience.policy_version for _, _, experience in self.buffer.items()), default=-1)
@@ -151,23 +154,26 @@ class Replayer:
         if told:
             logger.warning(told)
 
-    def begin_epoch(self, epoch: int) -> set[int]:
-        """Dataset rows that an epoch leaves out."""
+    def begin_epoch(self, epoch: int) -> tuple[set[int], set[int]]:
+        """Dataset rows that an epoch leaves out, and those that must come up."""
         self.collect()
-        return self.processes.decide(
-            "leaving out the retired questions",
-            lambda: self.dropped_questions.begin_epoch(epoch, self.buffer.retired),
-        )
+
+        def begin() -> tuple[set[int], set[int]]:
+            first = self.coverage.begin_epoch(is_new=epoch != self.dropped_questions.epoch)
+            dropped = self.dropped_questions.begin_epoch(epoch, self.buffer.retired)
+            return dropped, {row for question_id in first for row in self.questions.rows_of(question_id)[:1]}
+
+        return self.processes.decide("leaving out the retired questions", begin)
 
     # One generation batch
 
-    def next_batch(self, num_rows: int, global_step: int) -> Batch:
+    def next_batch(self, inputs: Sequence[Mapping[str, Any]], global_step: int) -> Batch:
         """
         Collect the last batch, and plan the next.
 
         Args:
-            num_rows (`int`):
-                Rows of this process.
+            inputs (`Sequence[Mapping[str, Any]]`):
+                Dataset rows of this process.
             global_step (`int`):
                 Optimizer steps of this run so far.
         """
@@ -175,6 +181,13 @@ class Replayer:
         # Those that were not trained before the optimizer step never will be.
         self._open = {n: batch for n, batch in self._open.items() if batch.global_step == global_step}
         start = time.perf_counter()
+        num_rows, group_size = len(inputs), self.args.num_generations
+        first_row = self.processes.rank * num_rows
+        unseen: set[int] = set()
+        if self.coverage.is_on:
+            own = range(-first_row % group_size, num_rows, group_size)
+            ids = {(first_row + i) // group_size: self.questions.id_of(inputs[i]) for i in own}
+            unseen = self.coverage.unseen_groups(self.processes.gather(ids))
         candidates: dict[str, list[Candidate]] = {}
         questions: dict[str, Question] = {}
 
@@ -192,7 +205,7 @@ class Replayer:
         scoring_seconds = time.perf_counter() - before_scoring
 
         def choose() -> Plan:
-            chosen = self._choose(questions, add_scores(candidates, scores))
+            chosen = self._choose(questions, add_scores(candidates, scores), unseen)
             return Plan(self._version_offset + global_step, self.is_started and not self.is_stopped, tuple(chosen))
 
         plan = self.processes.decide("choosing the completions to replay", choose)
@@ -203,7 +216,6 @@ class Replayer:
         )
         shape = self.args.num_groups, self.args.num_generations
         self._num_planned += 1
-        first_row = self.processes.rank * num_rows
         self.batch = Batch(plan, first_row, num_rows, *shape, number=self._num_planned, global_step=global_step)
         self._open[self.batch.number] = self.batch
         return self.batch
@@ -247,12 +259,17 @@ class Replayer:
         ]
 
     def _choose(
-        self, questions: Mapping[str, Question], candidates: Mapping[str, Sequence[Candidate]]
+        self,
+        questions: Mapping[str, Question],
+        candidates: Mapping[str, Sequence[Candidate]],
+        unseen: Collection[int],
     ) -> list[Replay]:
         """One completion per drawn question, and its row (method, section 4); ascending by row."""
         if not candidates:
             return []
         rows = plan_rows(self.args.num_groups, self.args.num_generations, len(candidates), self.rng)
+        if unseen:
+            rows = spare(rows, self.args.num_generations, self.args.num_groups, unseen)
         return [
             self._select(questions[question_id], choices, row)
             for row, (question_id, choices) in zip(rows, candidates.items(), strict=True)
@@ -305,7 +322,7 @@ class Replayer:
         missing = [name for name in COLUMNS if name not in inputs]
         if missing:
             raise ValueError(f"the columns {missing} are missing from the inputs of the loss")
-        identity, completion_ids = inputs["rollout_identity"], inputs["completion_ids"]
+        identity, completion_ids = inputs[IDENTITY], inputs["completion_ids"]
         if len(identity) != len(completion_ids):
             raise ValueError(f"{len(completion_ids)} completions have the identity of {len(identity)}")
         now = checksum(completion_ids, identity[:, 2])
@@ -343,7 +360,8 @@ class Replayer:
 
     def _collect_batch(self, batch: Batch) -> None:
         # Known to all, so that nothing is sent for nothing.
-        shares = self.processes.gather(batch.share()) if batch.concerns_buffer.any() else []
+        is_told = self.coverage.is_on or bool(batch.concerns_buffer.any())
+        shares = self.processes.gather(batch.share()) if is_told else []
         self.processes.decide("collecting completions", lambda: self._collect(batch, shares))
         batch.is_collected = True
         self.strategies.weighting.observe(batch)
@@ -357,6 +375,8 @@ class Replayer:
             if not admission.is_worth_storing.flat[replay.row] and not np.isnan(batch.rewards.flat[replay.row])
         )
         batch.unite(shares)
+        for share in shares:
+            self.coverage.generated(share.generated)
         for group, question, experiences in batch.groups():
             is_solved = bool(admission.is_solved[group])
             if self.is_started:
@@ -426,9 +446,10 @@ class Replayer:
                 self._examine_buffer()
             else:  # a buffer that was saved by hand
                 self._begin_training()
-            return self.strategies.weighting.state_dict()
+            return {"weighting": self.strategies.weighting.state_dict(), "is_covering": self.coverage.is_on}
 
-        weighting = self.processes.decide("loading the experience buffer", load)
+        told = self.processes.decide("loading the experience buffer", load)
+        self.coverage.is_on, weighting = told["is_covering"], told["weighting"]
         if not self.processes.is_main and weighting:
             self.strategies.weighting.load_state_dict(weighting)
 
@@ -446,6 +467,7 @@ class Replayer:
             "dropped_questions": self.dropped_questions.state_dict(),
             "strategies": self.strategies.state_dict(),
             "success_rule": self.success_rule.state_dict(),
+            "coverage": self.coverage.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -460,3 +482,4 @@ class Replayer:
         if state.get("state_version", 1) >= 2:
             self.strategies.load_state_dict(state["strategies"])
             self.success_rule.load_state_dict(state["success_rule"])
+            self.coverage.load_state_dict(state["coverage"])

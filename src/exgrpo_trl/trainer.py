@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .batch import COLUMNS, Batch
+from .batch import COLUMNS, IDENTITY, Batch
 from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import (
     Location,
@@ -219,8 +219,8 @@ class ExGRPOTrainer(GRPOTrainer):
         dataset = self._questions_of = self.train_dataset
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
-        check_dataset(dataset, self.args)
         questions = TrainingQuestions(dataset, self.args.question_id_column)
+        check_dataset(dataset, self.args)
         if questions.told and self._processes.is_main:
             logger.warning(questions.told)
         return questions
@@ -257,7 +257,7 @@ class ExGRPOTrainer(GRPOTrainer):
         if not self.model.training:
             with wrapped(self, "_calculate_rewards", self._mark_fresh):
                 return super()._generate_and_score_completions(inputs)
-        batch = self.replayer.next_batch(len(inputs), self.state.global_step)
+        batch = self.replayer.next_batch(inputs, self.state.global_step)
         with self._processes.together("preparing a batch"):
             inputs = batch.place(inputs, self.replayer.questions.id_of)
         # Around what TRL calls, so that overrides of a subclass are seen as TRL sees them.
@@ -356,15 +356,16 @@ class ExGRPOTrainer(GRPOTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.replayer.num_losses == before:
             self.replayer.stop(
-                f"{overridden(self, LOSS)} computes a loss without GRPOTrainer._compute_loss, so stored completions "
-                "would train without their importance weight, and fresh ones could not be stored. Call the method of "
-                "the parent, or set replay_fraction=0 to train without replay."
+                f"{overridden(self, (*LOSS, *GENERATING))} computes a loss without GRPOTrainer._compute_loss, or of "
+                f"rows without the columns {list(COLUMNS)}, so stored completions would train without their importance "
+                "weight, and fresh ones could not be stored. Call the method of the parent with all columns, or set "
+                "replay_fraction=0 to train without replay."
             )
         return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-        if not self._is_replay_enabled or not self.model.training:
-            return super()._compute_loss(model, inputs)
+        if not self._is_replay_enabled or not self.model.training or IDENTITY not in inputs:
+            return super()._compute_loss(model, inputs)  # the last is noticed where the step ends
         check_wrapped(model, self.accelerator)
         with naming_overrides(self, (*GENERATING, *LOSS)):
             batches = self.replayer.trained_rows(inputs)
@@ -440,10 +441,10 @@ class ExGRPOTrainer(GRPOTrainer):
             self.args.seed,
         )
 
-    def _begin_epoch(self) -> tuple[int, set[int]]:
-        """Number of the epoch that begins or is resumed, and the rows that it leaves out."""
+    def _begin_epoch(self) -> tuple[int, set[int], set[int]]:
+        """Number of the epoch that begins or is resumed, the rows that it leaves out, and those that must come up."""
         epoch = int((self.state.epoch or 0.0) + 1e-6)
-        return epoch, self.replayer.begin_epoch(epoch)
+        return epoch, *self.replayer.begin_epoch(epoch)
 
     # Checkpoints and logs
 

@@ -113,7 +113,7 @@ def result_of(trainer: Any) -> dict[str, Any]:
 
 def left_out(trainer: Any) -> list[int]:
     """Dataset rows that a new epoch would leave out, as this process is told; all processes ask."""
-    return sorted(trainer.replayer.begin_epoch(10**6))
+    return sorted(trainer.replayer.begin_epoch(10**6)[0])
 
 
 def buffer_contents(buffer: Any) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def test_an_id_column_that_the_data_loader_removes_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"question_id_column='uid'.*\['prompt'\].*remove_unused_columns"):
         make_trainer(tmp_path, question_id_column="uid", remove_unused_columns=True)
     dataset = tiny_dataset().with_format("numpy", columns=["prompt", "answer"])
-    with pytest.raises(ValueError, match=r"question_id_column='uid' is missing.*\['answer', 'prompt'\]"):
+    with pytest.raises(ValueError, match=r"question_id_column='uid' has no value.*\['answer', 'prompt'\]"):
         make_trainer(tmp_path, train_dataset=dataset, question_id_column="uid")
 
 

@@ -118,7 +118,17 @@ def warnings_of(monkeypatch):
     return messages
 
 
-OWN_LOSSES = [(OwnComputeLoss, "OwnComputeLoss.compute_loss"), (OwnInnerLoss, "OwnInnerLoss._compute_loss")]
+class ForgetsColumns(ExGRPOTrainer):
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        return {name: value for name, value in output.items() if name not in ("rollout_rows", "is_replayed")}
+
+
+OWN_LOSSES = [
+    (OwnComputeLoss, "OwnComputeLoss.compute_loss"),
+    (OwnInnerLoss, "OwnInnerLoss._compute_loss"),
+    (ForgetsColumns, "ForgetsColumns._generate_and_score_completions"),
+]
 
 
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2}, {"gradient_accumulation_steps": 2}])
@@ -208,7 +218,7 @@ class MixedRows(ExGRPOTrainer):
                 mixed[name] = mine
                 continue
             other = second[name]
-            if mine.ndim == 2 and name not in ("prompt_ids", "prompt_mask", "rollout_identity"):
+            if mine.ndim == 2 and name not in ("prompt_ids", "prompt_mask", "rollout_rows"):
                 mine, other = mine[:, :width], other[:, :width]
             mixed[name] = torch.cat([mine[:half], other[half:]])
         return mixed
@@ -302,10 +312,10 @@ class GeneratesInParts(ExGRPOTrainer):
         return parts[0][0] + parts[1][0], *parts[0][1:]
 
 
-class ForgetsColumns(ExGRPOTrainer):
+class ForgetsAColumn(ExGRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        return {name: value for name, value in output.items() if name not in ("rollout_identity", "is_replayed")}
+        return {name: value for name, value in output.items() if name != "is_replayed"}
 
 
 class ChangesTokens(ExGRPOTrainer):
@@ -321,10 +331,7 @@ BROKEN = [
     (AppendsAToken, r"AppendsAToken\._generate_single_turn.*row \d+ holds other tokens than the stored completion"),
     (GeneratesByItself, r"GeneratesByItself\._generate has.*row \d+ holds other tokens than the stored completion"),
     (GeneratesInParts, r"GeneratesInParts\._generate_single_turn asks for 5 completions of a batch of 16"),
-    (
-        ForgetsColumns,
-        r"ForgetsColumns\._generate_and_score_completions.*'is_replayed', 'rollout_identity'\] are missing",
-    ),
+    (ForgetsAColumn, r"ForgetsAColumn\._generate_and_score_completions.*'is_replayed'\] are missing"),
     (ChangesTokens, r"ChangesTokens\._generate_and_score_completions.*row \d+ holds other tokens in the loss"),
 ]
 
