@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from exgrpo_trl import Admission, Experience, Question
-from exgrpo_trl.batch import COLUMNS, Batch, Plan, Share, checksum, plan_rows
+from exgrpo_trl.batch import COLUMNS, Batch, Share, checksum
+from exgrpo_trl.plan import Plan, plan_rows
 from exgrpo_trl.records import Replay, prompt_hash
 
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from exgrpo_trl.coverage import Coverage, deal, spare
+from exgrpo_trl.coverage import Coverage, deal
+from exgrpo_trl.plan import spare
 
 
 def test_what_was_never_generated_is_remembered_by_epoch():
@@ -25,10 +26,10 @@ def test_what_was_never_generated_is_remembered_by_epoch():
 
 
 def test_replay_takes_the_places_of_others():
-    assert spare([1, 9], group_size=4, num_groups=4, unseen={0}) == [5, 9], "the slot stays"
-    assert spare([1, 9], group_size=4, num_groups=4, unseen={1, 3}) == [1, 9]
-    assert spare([1, 9], group_size=4, num_groups=4, unseen={0, 1, 2}) == [9, 13]
-    assert spare([1, 9], group_size=4, num_groups=2, unseen={0, 1}) == [1, 9], "there are no others"
+    assert spare([1, 9], num_groups=4, group_size=4, unseen={0}) == [5, 9], "the slot stays"
+    assert spare([1, 9], num_groups=4, group_size=4, unseen={1, 3}) == [1, 9]
+    assert spare([1, 9], num_groups=4, group_size=4, unseen={0, 1, 2}) == [9, 13]
+    assert spare([1, 9], num_groups=2, group_size=4, unseen={0, 1}) == [1, 9], "there are no others"
 
 
 @pytest.mark.parametrize("num_first", [1, 3, 6, 8, 11, 12])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from exgrpo_trl import Experience, Question
-from exgrpo_trl.batch import Batch, Plan
+from exgrpo_trl.batch import Batch
 from exgrpo_trl.metrics import LogRatios, ReplayMetrics, importance_ratio_metrics
+from exgrpo_trl.plan import Plan
 from exgrpo_trl.records import Replay
 
 

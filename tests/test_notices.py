@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from exgrpo_trl import ExGRPOConfig, Experience, ExperienceBuffer, Question, notices
-from exgrpo_trl.batch import Batch, Plan
+from exgrpo_trl.batch import Batch
 from exgrpo_trl.notices import Notices
+from exgrpo_trl.plan import Plan
 from exgrpo_trl.records import Replay
 from exgrpo_trl.success import SuccessRule
 

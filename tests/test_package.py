@@ -63,9 +63,9 @@ def test_py_typed_is_shipped() -> None:
 
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
-    "records", "values", "examples", "strategies", "buffer", "cli", "batch", "processes", "scoring", "rollouts",
-    "success", "metrics", "config", "coverage", "questions", "dataset", "checkpoints", "notices", "compatibility",
-    "replayer", "trainer",
+    "records", "values", "examples", "strategies", "buffer", "cli", "plan", "batch", "processes", "scoring",
+    "rollouts", "success", "metrics", "config", "coverage", "questions", "dataset", "checkpoints", "selection",
+    "notices", "compatibility", "replayer", "trainer",
 ]  # fmt: skip
 
 

@@ -13,31 +13,13 @@ import torch
 from accelerate.utils import find_device, send_to_device
 
 from .examples import question_of_row, stored_row
+from .plan import Plan
 from .records import Experience, Question, Replay, prompt_hash
 from .strategies.admission import Admission
 
 # What travels with the rows of a batch to their loss, and not to TRL's.
 IDENTITY = "rollout_rows"
 COLUMNS = ("behavior_per_token_logps", "is_replayed", IDENTITY)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """
-    What a generation batch replays, as the main process tells it to all.
-
-    Args:
-        policy_version (`int`):
-            Version of the policy that generates the batch.
-        is_started (`bool`):
-            Whether replay has started: before, only solved questions are of interest.
-        replays (`tuple[Replay, ...]`):
-            What is replayed, ascending by row.
-    """
-
-    policy_version: int
-    is_started: bool
-    replays: tuple[Replay, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,33 +367,6 @@ class Batch:
         for group, question in sorted(self.questions.items(), key=lambda item: item[0]):
             rows = range(group * self.group_size, (group + 1) * self.group_size)
             yield group, question, [self.experiences[row] for row in rows if row in self.experiences]
-
-
-def plan_rows(num_groups: int, group_size: int, num_replayed: int, rng: np.random.Generator) -> list[int]:
-    """
-    Rows of a generation batch that stored completions take, each in a group of its own.
-
-    Evenly spaced from a random start: every group is as likely as any other, so that an unshuffled dataset does not
-    lose the same questions on every pass, and however many processes share the batch, each gets its share of stored
-    completions (or one more), without the plan depending on their number.
-
-    Args:
-        num_groups (`int`):
-            Groups in the batch.
-        group_size (`int`):
-            Rows of a group.
-        num_replayed (`int`):
-            Groups to replay, at most `num_groups`.
-        rng (`np.random.Generator`):
-            Source of randomness.
-
-    Returns:
-        `list[int]`:
-            Ascending rows.
-    """
-    num_rows = num_groups * group_size
-    start = int(rng.integers(num_rows))
-    return [(i * num_rows + start) // num_replayed for i in range(num_replayed)]
 
 
 def checksum(completion_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

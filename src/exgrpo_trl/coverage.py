@@ -54,17 +54,6 @@ class Coverage:
         self._unseen, self._unseen_at_epoch = dict.fromkeys(state["unseen"]), list(state["unseen_at_epoch"])
 
 
-def spare(rows: Sequence[int], group_size: int, num_groups: int, unseen: Collection[int]) -> list[int]:
-    """Rows for stored completions, in other groups where they would displace a question that was never generated."""
-    taken = {row // group_size for row in rows}
-    others = [group for group in range(num_groups) if group not in taken and group not in unseen]
-    spared = []
-    for row in rows:
-        group, slot = divmod(row, group_size)
-        spared.append((others.pop(0) if group in unseen and others else group) * group_size + slot)
-    return sorted(spared)
-
-
 def deal(order: Sequence[int], first: Collection[int], batch_size: int) -> list[int]:
     """An order of whole batches in which the rows that come first are dealt evenly over all batches."""
     # An order of whole batches may lack some of them.

@@ -2,28 +2,28 @@
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
-from .batch import COLUMNS, IDENTITY, Batch, Plan, Share, checksum, plan_rows
+from .batch import COLUMNS, IDENTITY, Batch, Share, checksum
 from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
-from .coverage import Coverage, spare
+from .coverage import Coverage
 from .dataset import DroppedQuestions
 from .metrics import LogRatios, ReplayMetrics
 from .notices import Notices
+from .plan import Plan
 from .processes import Processes
 from .questions import Replayable, TrainingQuestions
-from .records import Candidate, Experience, Question, Replay
-from .scoring import Prompted, Scores, add_scores, score_candidates
+from .scoring import Prompted, Scores, score_candidates
+from .selection import Selection
 from .strategies import Strategies
 from .strategies.admission import Admission
-from .strategies.samplers import check_drawn
 from .success import SuccessRule
 
 logger = logging.get_logger(__name__)
@@ -188,16 +188,15 @@ class Replayer:
             own = range(-first_row % group_size, num_rows, group_size)
             ids = {(first_row + i) // group_size: self.questions.id_of(inputs[i]) for i in own}
             unseen = self.coverage.unseen_groups(self.processes.gather(ids))
-        candidates: dict[str, list[Candidate]] = {}
-        questions: dict[str, Question] = {}
+        selection = Selection(self.buffer, self.replayable, self.args, self.strategies)
 
         def draw() -> tuple[bool, list[Prompted]]:
             if not self._has_begun:
                 self.notices.start(self.buffer, self.is_started)
             self._has_begun = True
-            candidates.update(self._draw(global_step))
-            questions.update((question_id, self._question(question_id)) for question_id in candidates)
-            return self.is_started, self._to_score(questions, candidates)
+            if self.is_started and not self.is_stopped:
+                selection.draw(self._version_offset + global_step)
+            return self.is_started, selection.to_score(self.tokenize)
 
         is_started, to_score = self.processes.decide("drawing the questions to replay", draw)
         before_scoring = time.perf_counter()
@@ -205,8 +204,8 @@ class Replayer:
         scoring_seconds = time.perf_counter() - before_scoring
 
         def choose() -> Plan:
-            chosen = self._choose(questions, add_scores(candidates, scores), unseen)
-            return Plan(self._version_offset + global_step, self.is_started and not self.is_stopped, tuple(chosen))
+            replays = tuple(selection.choose(scores, unseen, self.rng))
+            return Plan(self._version_offset + global_step, self.is_started and not self.is_stopped, replays)
 
         plan = self.processes.decide("choosing the completions to replay", choose)
         self.metrics.add_selection(
@@ -219,74 +218,6 @@ class Replayer:
         self.batch = Batch(plan, first_row, num_rows, *shape, number=self._num_planned, global_step=global_step)
         self._open[self.batch.number] = self.batch
         return self.batch
-
-    def _draw(self, global_step: int) -> dict[str, list[Candidate]]:
-        """Questions to replay with their candidates (method, section 3); none before the delayed start."""
-        if not self.is_started or self.is_stopped:
-            return {}
-        if self.args.max_staleness is not None:
-            self.buffer.evict_older_than(self._version_offset + global_step - self.args.max_staleness)
-        n = min(self.args.num_groups_to_replay, self.buffer.num_questions)
-        sampler = self.replayable.sampler(self.strategies.question_sampler)
-        question_ids = list(self.buffer.sample_questions(n, sampler)) if n else []
-        # A buffer of the user may draw as it likes.
-        source = f"{type(self.buffer).__name__}.sample_questions({n})"
-        check_drawn(question_ids, n, lambda question_id: bool(self._completions(question_id)), source)
-        drawn = {
-            question_id: [Candidate(e) for e in self.replayable.completions(self._completions(question_id))]
-            for question_id in question_ids
-        }
-        return {question_id: candidates for question_id, candidates in drawn.items() if candidates}
-
-    def _completions(self, question_id: str) -> Sequence[Experience]:
-        try:
-            return self.buffer.completions(question_id)
-        except KeyError:
-            return ()
-
-    def _to_score(
-        self, questions: Mapping[str, Question], candidates: Mapping[str, list[Candidate]]
-    ) -> list[Prompted]:
-        """Prompt and completion of every candidate that the choice depends on: none where there is no choice."""
-        question_ids = [question_id for question_id, choices in candidates.items() if len(choices) > 1]
-        if not question_ids or not self.strategies.completion_selector.requires_scores:
-            return []
-        prompts = self.tokenize([questions[question_id].example["prompt"] for question_id in question_ids])
-        return [
-            (prompt, candidate.experience.token_ids)
-            for question_id, prompt in zip(question_ids, prompts, strict=True)
-            for candidate in candidates[question_id]
-        ]
-
-    def _choose(
-        self,
-        questions: Mapping[str, Question],
-        candidates: Mapping[str, Sequence[Candidate]],
-        unseen: Collection[int],
-    ) -> list[Replay]:
-        """One completion per drawn question, and its row (method, section 4); ascending by row."""
-        if not candidates:
-            return []
-        rows = plan_rows(self.args.num_groups, self.args.num_generations, len(candidates), self.rng)
-        if unseen:
-            rows = spare(rows, self.args.num_generations, self.args.num_groups, unseen)
-        return [
-            self._select(questions[question_id], choices, row)
-            for row, (question_id, choices) in zip(rows, candidates.items(), strict=True)
-        ]
-
-    def _select(self, question: Question, choices: Sequence[Candidate], row: int) -> Replay:
-        index = self.strategies.completion_selector(choices, self.rng) if len(choices) > 1 else 0
-        if not 0 <= index < len(choices):
-            raise ValueError(
-                f"The completion selector returned {index!r} for {len(choices)} candidates. Return the index of one."
-            )
-        return Replay(question, choices[index].experience, row, choices[index].entropy)
-
-    def _question(self, question_id: str) -> Question:
-        """A stored question: its row is that of the present dataset since the buffer has been examined."""
-        question: Question = self.buffer.question(question_id)
-        return question
 
     def observe(self, batch: Batch, output: Mapping[str, torch.Tensor]) -> None:
         """

@@ -46,7 +46,7 @@ from .rollouts import Rollouts, SingleTurnRollouts, VLLMRollouts
 from .rollouts.vllm import correct_fresh_only
 from .scoring import Prompted, Scores, evaluating, reshard, score_completions
 from .strategies import Strategies
-from .strategies.weighting import importance_log_ratio, mixed_advantages
+from .strategies.weighting import show_replayed
 from .success import SuccessRule
 
 
@@ -357,9 +357,9 @@ class ExGRPOTrainer(GRPOTrainer):
         if self.replayer.num_losses == before:
             self.replayer.stop(
                 f"{overridden(self, (*LOSS, *GENERATING))} computes a loss without GRPOTrainer._compute_loss, or of "
-                f"rows without the columns {list(COLUMNS)}, so stored completions would train without their importance "
-                "weight, and fresh ones could not be stored. Call the method of the parent with all columns, or set "
-                "replay_fraction=0 to train without replay."
+                f"rows without the columns {list(COLUMNS)}, so stored completions would train without their "
+                "importance weight, and fresh ones could not be stored. Call the method of the parent with all "
+                "columns, or set replay_fraction=0 to train without replay."
             )
         return loss
 
@@ -401,29 +401,18 @@ class ExGRPOTrainer(GRPOTrainer):
         """Record the behaviour policy of fresh rows, and weight the replayed ones, before TRL computes its loss."""
         for batch, positions, rows in batches:
             batch.record(rows, per_token_logps[positions], entropies[positions])  # what was not recorded at generation
-        is_replayed, mask = inputs["is_replayed"], inputs["completion_mask"].bool()
-        if not is_replayed.any():
-            return
-        # VESPO's weight is its own, per token; TRL ignores the level there.
-        level = "token" if self.loss_type == "vespo" else self.importance_sampling_level
-        log_ratio = importance_log_ratio(per_token_logps, inputs["behavior_per_token_logps"], mask, level)
-        shown["advantages"] = mixed_advantages(
-            inputs["advantages"],
-            log_ratio,
-            is_replayed,
+        log_ratios = show_replayed(
+            shown,
+            inputs,
+            per_token_logps,
             self.replayer.strategies.weighting,
             loss_type=self.loss_type,
+            # VESPO's weight is its own, per token; TRL ignores the level there.
+            level="token" if self.loss_type == "vespo" else self.importance_sampling_level,
             sapo_temperatures=(self.args.sapo_temperature_pos, self.args.sapo_temperature_neg),
         )
-        # With its graph: the ratio of a replayed row is 1 and has no gradient of its own.
-        old_logps = inputs.get("old_per_token_logps", per_token_logps.detach())
-        shown["old_per_token_logps"] = torch.where(is_replayed.unsqueeze(1), per_token_logps, old_logps)
-        if "sampling_per_token_logps" in inputs:  # nor is it off-policy to TRL, whatever sampled it
-            shown["sampling_per_token_logps"] = torch.where(
-                is_replayed.unsqueeze(1), per_token_logps.detach(), inputs["sampling_per_token_logps"]
-            )
-        is_shown = mask[is_replayed] if level == "token" else slice(None)
-        self.replayer.add_log_ratios(log_ratio.detach()[is_replayed][is_shown].flatten().cpu().numpy())
+        if log_ratios is not None:
+            self.replayer.add_log_ratios(log_ratios.cpu().numpy())
 
     # Dataset
 

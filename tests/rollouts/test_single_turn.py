@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from exgrpo_trl.batch import Batch, Plan
+from exgrpo_trl.batch import Batch
+from exgrpo_trl.plan import Plan
 from exgrpo_trl.records import Experience, Question, Replay
 from exgrpo_trl.rollouts import SingleTurnRollouts
 from exgrpo_trl.rollouts.base import lacks_logps, put_stored

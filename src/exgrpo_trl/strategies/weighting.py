@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -260,6 +260,45 @@ def mixed_advantages(
         positive, other = sapo_temperatures
         factor = factor * torch.where(fresh > 0, positive, other) / 2
     return torch.where(is_replayed.unsqueeze(1), factor * fresh, fresh)
+
+
+def show_replayed(
+    shown: dict[str, Any],
+    inputs: Mapping[str, Any],
+    per_token_logps: torch.Tensor,
+    weighting: WeightingFunction,
+    *,
+    loss_type: str,
+    level: str,
+    sapo_temperatures: tuple[float, float],
+) -> torch.Tensor | None:
+    """
+    Show replayed rows to TRL's loss as if they were on-policy, with advantages that carry their weight.
+
+    Changes `shown`, the inputs that TRL's loss reads after its forward; `inputs` are those of the micro-batch. Returns
+    the log importance ratios of the replayed tokens (or sequences), shape `(N,)`, `None` if no row is replayed.
+    """
+    is_replayed, mask = inputs["is_replayed"], inputs["completion_mask"].bool()
+    if not is_replayed.any():
+        return None
+    log_ratio = importance_log_ratio(per_token_logps, inputs["behavior_per_token_logps"], mask, level)
+    shown["advantages"] = mixed_advantages(
+        inputs["advantages"],
+        log_ratio,
+        is_replayed,
+        weighting,
+        loss_type=loss_type,
+        sapo_temperatures=sapo_temperatures,
+    )
+    # With its graph: the ratio of a replayed row is 1 and has no gradient of its own.
+    old_logps = inputs.get("old_per_token_logps", per_token_logps.detach())
+    shown["old_per_token_logps"] = torch.where(is_replayed.unsqueeze(1), per_token_logps, old_logps)
+    if "sampling_per_token_logps" in inputs:  # nor is it off-policy to TRL, whatever sampled it
+        shown["sampling_per_token_logps"] = torch.where(
+            is_replayed.unsqueeze(1), per_token_logps.detach(), inputs["sampling_per_token_logps"]
+        )
+    is_shown = mask[is_replayed] if level == "token" else slice(None)
+    return log_ratio.detach()[is_replayed][is_shown].flatten()
 
 
 def _ratio(log_ratio: torch.Tensor) -> torch.Tensor:

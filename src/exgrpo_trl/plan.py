@@ -1,0 +1,67 @@
+"""What a generation batch replays, and where: the arithmetic of rows before there is a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .records import Replay
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """
+    What a generation batch replays, as the main process tells it to all.
+
+    Args:
+        policy_version (`int`):
+            Version of the policy that generates the batch.
+        is_started (`bool`):
+            Whether replay has started: before, only solved questions are of interest.
+        replays (`tuple[Replay, ...]`):
+            What is replayed, ascending by row.
+    """
+
+    policy_version: int
+    is_started: bool
+    replays: tuple[Replay, ...] = ()
+
+
+def plan_rows(num_groups: int, group_size: int, num_replayed: int, rng: np.random.Generator) -> list[int]:
+    """
+    Rows of a generation batch that stored completions take, each in a group of its own.
+
+    Evenly spaced from a random start: every group is as likely as any other, so that an unshuffled dataset does not
+    lose the same questions on every pass, and however many processes share the batch, each gets its share of stored
+    completions (or one more), without the plan depending on their number.
+
+    Args:
+        num_groups (`int`):
+            Groups in the batch.
+        group_size (`int`):
+            Rows of a group.
+        num_replayed (`int`):
+            Groups to replay, at most `num_groups`.
+        rng (`np.random.Generator`):
+            Source of randomness.
+
+    Returns:
+        `list[int]`:
+            Ascending rows.
+    """
+    num_rows = num_groups * group_size
+    start = int(rng.integers(num_rows))
+    return [(i * num_rows + start) // num_replayed for i in range(num_replayed)]
+
+
+def spare(rows: Sequence[int], num_groups: int, group_size: int, unseen: Collection[int]) -> list[int]:
+    """Rows for stored completions, in other groups where they would displace a question that was never generated."""
+    taken = {row // group_size for row in rows}
+    others = [group for group in range(num_groups) if group not in taken and group not in unseen]
+    spared = []
+    for row in rows:
+        group, slot = divmod(row, group_size)
+        spared.append((others.pop(0) if group in unseen and others else group) * group_size + slot)
+    return sorted(spared)
