@@ -128,8 +128,8 @@ def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[s
 
 
 def canonical_rest(row: Mapping[str, Any]) -> str:
-    """Text of a row without its prompt that is the same for equal rows, whatever the order of their columns."""
-    return encode_example({column: row[column] for column in sorted(row) if column != "prompt"})
+    """Text of a row without its prompt that is the same for equal rows, whatever their format and order of columns."""
+    return encode_example({column: plain(row[column]) for column in sorted(row) if column != "prompt"})
 
 
 def stored_row(question: Question, like: Mapping[str, Any]) -> dict[str, Any]:
