@@ -85,6 +85,25 @@ def test_the_state_survives_json(warnings_of):
     assert other(np.array([[NAN, 1.0]]))[1].all(), "what a function that is gone has judged is of no account"
 
 
+def test_a_function_of_weight_0_is_there_to_be_logged():
+    decide = rule(weights=[1.0, 0.0])
+    assert decide(REWARDS)[1].tolist() == [True, True, False, True, False, False, True, True]
+    assert "each of accuracy that" in decide.description
+    assert rule(weights=[0.0, 0.0])(REWARDS)[1].tolist() == rule()(REWARDS)[1].tolist(), "unless all are"
+
+
+def test_the_rule_follows_the_trainer():
+    decide = rule("weighted_sum")
+    assert decide(np.array([[0.5, 0.5]]))[1].tolist() == [False]
+    decide.follow(["accuracy", "form"], [1.0, 1.0], 1.0)
+    assert decide(np.array([[0.5, 0.5]]))[1].tolist() == [True]
+    decide.follow(["accuracy", "form", "length"], [1.0, 1.0, 1.0], 1.6)
+    assert decide(np.array([[0.5, 0.5, 0.5]]))[1].tolist() == [False]
+    named = rule("form")
+    with pytest.raises(ValueError, match="'form' is not a reward function"):
+        named.follow(["accuracy"], [1.0], 1.0)
+
+
 def test_names():
     with pytest.raises(ValueError, match=r"'exact' is not a reward function.*\['accuracy', 'form'\].*weighted_sum"):
         rule("exact")

@@ -19,8 +19,9 @@ class SuccessRule:
     Decides which completions are successes.
 
     With several reward functions and none named, a completion is a success when every function that gave an opinion
-    (None is none) reaches the threshold: the right form alone is no success. Where a function gave no opinion on a
-    whole batch although it judged completions like these before, as when its service is down, there is no verdict.
+    (None is none) reaches the threshold: the right form alone is no success. Functions of weight 0 do not count. Where
+    a function gave no opinion on a whole batch although it judged completions like these before, as when its service
+    is down, there is no verdict.
 
     Args:
         names (`Sequence[str]`):
@@ -40,24 +41,40 @@ class SuccessRule:
     def __init__(
         self, names: Sequence[str], weights: Sequence[float], threshold: float, success_reward: str | None
     ) -> None:
-        self.names = list(names)
-        self.weights = np.asarray(weights, dtype=float)
-        self.threshold = threshold
         self.success_reward = success_reward
-        if success_reward is not None and success_reward != WEIGHTED_SUM:
-            times = Counter(self.names)[success_reward]
-            if times == 0:
-                raise ValueError(
-                    f"success_reward={success_reward!r} is not a reward function of this trainer, which has "
-                    f"{self.names}. Name one of these, {WEIGHTED_SUM!r} for the weighted sum, or None for all of them."
-                )
-            if times > 1:
-                raise ValueError(
-                    f"success_reward={success_reward!r} is the name of {times} reward functions: {self.names}. Give "
-                    "the functions names of their own (`__name__`)."
-                )
         self._known: set[frozenset[int]] = set()  # which functions have judged one completion together
         self._has_warned = False
+        self.names: list[str] = []
+        self.follow(names, weights, threshold)
+
+    def follow(self, names: Sequence[str], weights: Sequence[float], threshold: float) -> None:
+        """Take over what the trainer has now: functions, weights and threshold may change between batches."""
+        if list(names) != self.names:
+            self.names, self._known = list(names), set()
+            self._check_name()
+        self.weights = np.asarray(weights, dtype=float)
+        self.threshold = threshold
+
+    def _check_name(self) -> None:
+        if self.success_reward is None or self.success_reward == WEIGHTED_SUM:
+            return
+        times = Counter(self.names)[self.success_reward]
+        if times == 0:
+            raise ValueError(
+                f"success_reward={self.success_reward!r} is not a reward function of this trainer, which has "
+                f"{self.names}. Name one of these, {WEIGHTED_SUM!r} for the weighted sum, or None for all of them."
+            )
+        if times > 1:
+            raise ValueError(
+                f"success_reward={self.success_reward!r} is the name of {times} reward functions: {self.names}. Give "
+                "the functions names of their own (`__name__`)."
+            )
+
+    @property
+    def _counting(self) -> list[int]:
+        """Functions that count: one of weight 0 is there to be logged, unless all are."""
+        counting = np.flatnonzero(self.weights).tolist()
+        return counting or list(range(len(self.names)))
 
     @property
     def description(self) -> str:
@@ -67,7 +84,8 @@ class SuccessRule:
         elif self.success_reward is not None or len(self.names) == 1:
             rule = f"{self.success_reward or self.names[0]} gives"
         else:
-            rule = f"each of {', '.join(self.names)} that has an opinion gives"
+            counting = ", ".join(self.names[index] for index in self._counting)
+            rule = f"each of {counting} that has an opinion gives"
         return (
             f"A completion is a success when {rule} at least success_threshold={self.threshold} "
             f"(success_reward={self.success_reward!r})."
@@ -97,14 +115,15 @@ class SuccessRule:
         if self.success_reward is not None or len(self.names) == 1:
             index = 0 if self.success_reward is None else self.names.index(self.success_reward)
             return rewards_per_func[:, index], reaches(rewards_per_func[:, index], self.threshold)
-        has_opinion = ~np.isnan(rewards_per_func)
+        counts = np.isin(np.arange(len(self.names)), self._counting)
+        has_opinion = ~np.isnan(rewards_per_func) & counts
         has_verdict = has_opinion.any(axis=1) & ~self._lacks_a_judge(has_opinion)
         rewards = np.where(has_verdict, weighted_sum(rewards_per_func, self.weights), np.nan)
         return rewards, has_verdict & (reaches(rewards_per_func, self.threshold) | ~has_opinion).all(axis=1)
 
     def _lacks_a_judge(self, has_opinion: np.ndarray) -> np.ndarray:
         """Which rows miss the opinion of a function that is silent on the whole batch, and judged such rows before."""
-        silent = set(np.flatnonzero(~has_opinion.any(axis=0)).tolist())
+        silent = set(self._counting) - set(np.flatnonzero(has_opinion.any(axis=0)).tolist())
         judges = [frozenset(np.flatnonzero(of_row).tolist()) for of_row in has_opinion]
         lacking = {
             pattern

@@ -316,6 +316,9 @@ class ExGRPOTrainer(GRPOTrainer):
                 if self._processes.count > 1:  # the others wait for this one in TRL's gather
                     gather(torch.zeros(num_rows, len(self.reward_funcs), device=self.accelerator.device))
                 raise
+            self.replayer.success_rule.follow(
+                self.reward_func_names, self.reward_weights.tolist(), self.args.success_threshold
+            )
             with naming_overrides(self, ("_calculate_rewards",)):
                 batch.take_rewards(rewards, [list(ids) for ids in arguments["completion_ids_list"]])
         return rewards
