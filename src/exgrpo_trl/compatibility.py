@@ -54,8 +54,19 @@ def check_hooks(trainer_class: type = GRPOTrainer) -> None:
             what = f"parameters {missing} of {name}()" if missing and callable(method) else f"{name}()"
             raise RuntimeError(
                 f"exgrpo-trl relies on {what} of {trainer_class.__name__}, which trl {trl.__version__} does not have. "
-                "Upgrade exgrpo-trl, or install a TRL release that it supports (see its README)."
+                f"Upgrade exgrpo-trl, or install a TRL release that it supports (see its README).{_patched(method)}"
             )
+
+
+def _patched(method: Any) -> str:
+    """Who has replaced a method of TRL, to be added to a message."""
+    module = getattr(method, "__module__", None) or "trl"
+    if module.split(".")[0] == "trl":
+        return ""
+    return (
+        f" It was replaced by {module}.{method.__qualname__}: if that passes its arguments on, decorate it with "
+        "functools.wraps(the method that it calls)."
+    )
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from .config import ExGRPOConfig
 from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset
 from .processes import Processes
 from .questions import TrainingQuestions
+from .records import ExperienceBufferError
 from .replayer import Replayer, TrainedRows
 from .rollouts import Rollouts, SingleTurnRollouts, VLLMRollouts
 from .rollouts.vllm import correct_fresh_only
@@ -483,6 +484,11 @@ class ExGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_buffer(self, path: str) -> ReplayBuffer:
+        if not os.path.exists(path):
+            raise ExperienceBufferError(
+                f"The checkpoint has no {path}: it was written without replay, or the folder was not copied. Copy it, "
+                f"or begin with an empty experience buffer there: ExperienceBuffer().save({path!r})"
+            )
         mine = self.experience_buffer
         loaded = type(mine).load(path)
         check_settings(loaded, self.args, path, ("group_size", "retire_solved"))

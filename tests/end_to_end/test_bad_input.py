@@ -1,5 +1,6 @@
 """What cannot work is refused with a message that names the value and the way out, as early as possible."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -340,6 +341,22 @@ def test_missing_hooks_name_the_release_of_trl():
     with pytest.raises(RuntimeError, match=r"_generate_and_score_completions\(\)"):
         check_hooks(Renamed)
     check_hooks(GRPOTrainer)
+
+
+def test_a_patched_method_of_trl_is_named_and_works_with_its_signature(tmp_path, monkeypatch):
+    calculate = GRPOTrainer._calculate_rewards
+    calls = []
+
+    def patched(self, *args, **kwargs):
+        calls.append(args)
+        return calculate(self, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", patched)
+    with pytest.raises(RuntimeError, match=rf"replaced by {__name__}\..*patched.*functools\.wraps"):
+        make_trainer(tmp_path)
+    monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", functools.wraps(calculate)(patched))
+    make_trainer(tmp_path, max_steps=1).train()
+    assert calls
 
 
 def test_a_release_that_skips_the_forward_is_noticed(tmp_path, monkeypatch):

@@ -183,6 +183,17 @@ def test_a_damaged_buffer_is_an_error(tmp_path, checkpoint, damage):
     assert "experience_buffer" in str(error.value), "the message names the folder"
 
 
+def test_a_checkpoint_written_without_replay_is_resumed_with_an_empty_buffer(tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2, replay_fraction=0).train()
+    trainer = make_trainer(tmp_path, max_steps=4, replay_start_pass_rate=None)
+    with pytest.raises(ExperienceBufferError, match=r"written without replay.*begin with an empty") as error:
+        trainer.train(resume_from_checkpoint=True)
+    exec(str(error.value).rsplit(": ", 1)[1], {"ExperienceBuffer": ExperienceBuffer})  # what the message says to do
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert trainer.experience_buffer.num_completions > 0
+
+
 def test_a_newer_schema_is_an_error(tmp_path, checkpoint):
     def make_newer(folder):
         text = (folder / "metadata.json").read_text()
