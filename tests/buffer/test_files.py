@@ -450,6 +450,28 @@ def test_a_file_system_that_cannot_sync_still_takes_buffers(saved, monkeypatch, 
     assert len(refused) == 2 * (2 if of_directories else len(FILES))
 
 
+@pytest.mark.parametrize("name", ["ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EXDEV"])
+def test_a_file_system_that_cannot_rename_directories_still_takes_buffers(saved, monkeypatch, name):
+    _, path = saved
+    refused = []
+
+    def rename(source, target):
+        refused.append(source)
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    monkeypatch.setattr(os, "rename", rename)
+    for seed in (2, 3):
+        other = filled(seed=seed)
+        other.save(path)
+        assert state(ExperienceBuffer.load(path)) == state(other)
+        assert hidden(path.parent) == []
+    assert len(refused) == 4
+    monkeypatch.setattr(os, "rename", lambda source, target: (_ for _ in ()).throw(OSError(errno.EACCES, "denied")))
+    with pytest.raises(OSError, match="denied"):
+        filled(seed=4).save(path)
+    assert state(ExperienceBuffer.load(path)) == state(other)
+
+
 @pytest.mark.parametrize(
     ("name", "at", "of_directories"),
     [

@@ -57,6 +57,7 @@ RETIRED_SCHEMA = pa.schema([("question_id", pa.string())])
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 # Opening one is an error on Windows, on AIX, and where a directory may be written but not listed.
 _CANNOT_SYNC_DIRECTORY = _CANNOT_SYNC | {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTTY}
+_CANNOT_RENAME_DIRECTORY = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 
 
 def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
@@ -65,7 +66,8 @@ def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
 
     The files are written and synced under a hidden name beside `path`, which is then renamed: whenever the process
     dies, what was saved before or what is being saved can be loaded. An experience buffer that is already there is
-    replaced. Where the file system cannot sync, as many mounted buckets, a save goes on without.
+    replaced. Where the file system cannot sync, as many mounted buckets, a save goes on without; where it cannot
+    rename directories, they are copied, and a process that dies meanwhile leaves a buffer that is refused as damaged.
 
     Args:
         buffer ([`ExperienceBuffer`]):
@@ -83,7 +85,7 @@ def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if replaced.exists() and not target.exists():
         # A save died between its two renames; its old buffer is the only complete one that is sure to be there.
-        os.rename(replaced, target)
+        _rename(replaced, target)
     for leftover in (temporary, replaced):
         if leftover.exists():
             shutil.rmtree(leftover)
@@ -92,8 +94,8 @@ def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
         _write_files(buffer, temporary)
         _sync(temporary)
         if target.exists():
-            os.rename(target, replaced)
-        os.rename(temporary, target)
+            _rename(target, replaced)
+        _rename(temporary, target)
         _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -254,6 +256,16 @@ def _refuse_foreign(target: Path) -> None:
     )
     if foreign is not None:
         fail(target, f"cannot be saved there: {foreign} is not part of one. Choose another path.")
+
+
+def _rename(source: Path, target: Path) -> None:
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno not in _CANNOT_RENAME_DIRECTORY:
+            raise
+        shutil.copytree(source, target)
+        shutil.rmtree(source)
 
 
 def _sync(path: Path) -> None:
