@@ -153,6 +153,18 @@ if hasattr(np.dtypes, "StringDType"):
     VALUES["numpy arrays"].append(np.array([["a\0", ""]], dtype=np.dtypes.StringDType()))
 
 
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant != 63, reason="no floats of 80 bits here")
+@pytest.mark.parametrize("dtype", ["longdouble", "clongdouble", ">f16"])
+def test_what_pads_a_float_of_80_bits_is_no_part_of_it(dtype):
+    value = np.array([0.1, -2.5], dtype=dtype)
+    padded = value.copy()
+    items = padded.view(np.uint8).reshape(-1, np.dtype(np.longdouble).itemsize)
+    items[:, slice(10, None) if value.dtype.isnative else slice(0, 6)] = 77
+    assert (padded == value).all()
+    assert encode_example({"prompt": "a", "x": padded}) == encode_example({"prompt": "a", "x": value})
+    assert (decode_example(encode_example({"prompt": "a", "x": value}))["x"] == value).all()
+
+
 @pytest.mark.parametrize("kind", VALUES)
 def test_values_come_back_with_their_types(kind):
     for value in VALUES[kind]:
