@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from rules import LeastReplayed
 
-from exgrpo_trl import ExGRPOConfig, Experience, ExperienceBuffer, Question, QuestionSampler, question_id_of
+from exgrpo_trl import ExGRPOConfig, Experience, ExperienceBuffer, Question, question_id_of
 from exgrpo_trl.dataset import DroppedQuestions
 from exgrpo_trl.processes import Processes
 from exgrpo_trl.questions import TrainingQuestions
@@ -182,42 +183,17 @@ def test_state_of_a_version_without_strategies():
     assert replayer.metrics.tokens_saved == 77
 
 
-class LeastDrawn(QuestionSampler):
-    """Stateful: the questions that were replayed least, in the order of their ids."""
-
-    def __init__(self):
-        self.counts = {}
-
-    def __call__(self, pool, num_questions, rng):
-        ids = sorted(question_id for ids in pool.buckets().values() for question_id in ids)
-        return sorted(ids, key=lambda question_id: self.counts.get(question_id, 0))[:num_questions]
-
-    def observe(self, batch):
-        for replay in batch.replays:
-            name = replay.question.question_id
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def state_dict(self):
-        return {"counts": self.counts}
-
-    def load_state_dict(self, state):
-        self.counts = dict(state["counts"])
-
-    def metrics(self):
-        return {"most_drawn": max(self.counts.values(), default=0)}
-
-
 def test_a_stateful_sampler_observes_reports_and_is_saved(tmp_path):
     options = {"retire_solved": False, "drop_retired_questions": False}
-    replayer = make_replayer(question_sampler=LeastDrawn(), **options)
+    replayer = make_replayer(question_sampler=LeastReplayed(), **options)
     drawn = []
     for number in range(3):
         batch = step(replayer, [[1, 0, 0, 0]] * NUM_GROUPS, number, names=["0", "1", "2", "3"])
         drawn.append({replay.question.question_id for replay in batch.replays})
     assert drawn[:2] == [{"q0", "q1"}, {"q2", "q3"}]
-    assert replayer.log_metrics()["replay/most_drawn"] == 1
+    assert replayer.log_metrics()["replay/most_replayed"] == 1
     replayer.save(str(tmp_path))
-    resumed = make_replayer(question_sampler=LeastDrawn(), **options)
+    resumed = make_replayer(question_sampler=LeastReplayed(), **options)
     resumed.load(lambda: ExperienceBuffer.load(tmp_path / "experience_buffer"))
     assert resumed.strategies.question_sampler.counts == replayer.strategies.question_sampler.counts
     assert sum(resumed.strategies.question_sampler.counts.values()) == 6

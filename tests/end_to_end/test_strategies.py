@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks, run_ranks
+from rules import LeastReplayed, Lowest
 from same_rollouts import same_rollouts_trainer
 from test_checkpoints import contents
 from tiny import make_trainer, parameters_of
@@ -15,41 +16,14 @@ from trl import GRPOTrainer
 
 from exgrpo_trl import (
     Admission,
-    EvictionRule,
     ExGRPOTrainer,
     Experience,
     ExperienceBuffer,
     ImportanceWeight,
     Question,
-    QuestionSampler,
     ReplayWeighting,
 )
 from exgrpo_trl.buffer import RemoteBuffer
-
-
-class LeastReplayed(QuestionSampler):
-    """The questions that were replayed least often; of these, any."""
-
-    def __init__(self):
-        self.counts = {}
-
-    def __call__(self, pool, num_questions, rng):
-        ids = rng.permutation([question_id for bucket in pool.buckets().values() for question_id in bucket]).tolist()
-        return sorted(ids, key=lambda question_id: self.counts.get(question_id, 0))[:num_questions]
-
-    def observe(self, batch):
-        for replay in batch.replays:
-            name = replay.question.question_id
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def state_dict(self):
-        return {"counts": self.counts}
-
-    def load_state_dict(self, state):
-        self.counts = dict(state["counts"])
-
-    def metrics(self):
-        return {"most_replayed": max(self.counts.values(), default=0)}
 
 
 class Fading(ReplayWeighting):
@@ -151,24 +125,10 @@ def test_an_admission_of_another_shape_is_refused(tmp_path):
         make_trainer(tmp_path, max_steps=1, admission=wrong).train()
 
 
-class Shortest(EvictionRule):
-    """The shortest completion leaves first."""
-
-    def __call__(self, pool, question_id):
-        owned = [
-            (name, experience)
-            for ids in pool.buckets().values()
-            for name in ids
-            if question_id in (None, name)
-            for experience in pool.completions(name)
-        ]
-        return min(owned, key=lambda pair: pair[1].num_tokens)
-
-
 def test_an_eviction_rule_decides_what_leaves_also_after_a_resume(tmp_path):
     options = {
         "max_steps": 6, "buffer_capacity": 5, "retire_solved": False, "save_strategy": "steps", "save_steps": 3,
-        "learning_rate": 0.0, "eviction": Shortest(),
+        "learning_rate": 0.0, "eviction": Lowest(lambda experience: experience.num_tokens),
     }  # fmt: skip
     trainer = make_trainer(tmp_path / "whole", **options)
     trainer.train()

@@ -1,8 +1,9 @@
 """What leaves a full buffer is what the rule says."""
 
 import pytest
+from rules import Lowest
 
-from exgrpo_trl import EvictionRule, Experience, ExperienceBuffer, Question
+from exgrpo_trl import Experience, ExperienceBuffer, Question
 
 K = 4
 
@@ -21,23 +22,9 @@ def rewards_of(buffer):
             for question, _, _ in buffer.items()}  # fmt: skip
 
 
-class LowestReward(EvictionRule):
-    """Of the whole buffer, or of a question: walks it, which a test may."""
-
-    def __call__(self, pool, question_id):
-        owned = [
-            (name, experience)
-            for ids in pool.buckets().values()
-            for name in ids
-            if question_id in (None, name)
-            for experience in pool.completions(name)
-        ]
-        return min(owned, key=lambda pair: pair[1].reward)
-
-
 def test_a_rule_decides_for_both_limits():
     buffer = ExperienceBuffer(capacity=4, max_completions_per_question=2)
-    buffer.eviction = LowestReward()
+    buffer.eviction = Lowest(lambda experience: experience.reward)
     collect(buffer, "a", 0.5, 0.9, 0.7)
     assert rewards_of(buffer) == {"a": [0.7, 0.9]}
     collect(buffer, "bb", 0.8, 0.6, version=1)
