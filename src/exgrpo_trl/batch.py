@@ -147,6 +147,11 @@ class Batch:
         is_fresh.flat[list(self.stored_rows)] = False
         return is_fresh
 
+    @property
+    def fresh_pass_rate(self) -> float:
+        """Share of the generated rollouts that are successes."""
+        return float(self.is_correct[self.is_fresh].mean())
+
     def group_of(self, replay: Replay) -> int:
         """Group of a replay."""
         return replay.row // self.group_size

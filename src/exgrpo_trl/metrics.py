@@ -172,7 +172,7 @@ class ReplayMetrics:
         self.tokens_saved += sum(replay.experience.num_tokens for replay in replays)
         self.add(
             {
-                "fresh/pass_rate": float(batch.is_correct[is_fresh].mean()),
+                "fresh/pass_rate": batch.fresh_pass_rate,
                 "fresh/reward": _nanmean(fresh),
                 "fresh/reward_std": _nanmean(np.nanstd(fresh[~np.isnan(fresh).all(axis=1)], axis=1)),
                 "fresh/frac_groups_without_signal": float(np.mean(_has_no_signal(fresh))),

@@ -75,7 +75,7 @@ class Notices:
         self._num_replayed += len(batch.replays)
         self._doubt_threshold(batch)
         if not batch.plan.is_started and self.args.replay_start_pass_rate is not None:
-            self._pass_rates = [*self._pass_rates, float(batch.is_correct[batch.is_fresh].mean())][-_PATIENCE:]
+            self._pass_rates = [*self._pass_rates, batch.fresh_pass_rate][-_PATIENCE:]
             if len(self._pass_rates) == _PATIENCE and not self._has_told_of_waiting:
                 self._has_told_of_waiting = True
                 logger.warning(self._waiting())

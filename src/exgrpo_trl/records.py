@@ -236,21 +236,23 @@ def prompt_hash(token_ids: ArrayLike) -> int:
     return int.from_bytes(digest, "little", signed=True) or 1
 
 
-def _checked_policy_version(policy_version: int) -> int:
+def as_integer(name: str, value: Any, alternative: str = "") -> int:
+    """An argument of that name as a plain integer; a float is none, a NumPy integer is one."""
     try:
-        version = operator.index(policy_version)
+        return operator.index(value)
     except TypeError:
-        raise TypeError(f"`policy_version` must be an integer, got {policy_version!r}.") from None
+        raise TypeError(f"`{name}` must be an integer{alternative}, got {value!r}.") from None
+
+
+def _checked_policy_version(policy_version: int) -> int:
+    version = as_integer("policy_version", policy_version)
     if not 0 <= version <= MAX_POLICY_VERSION:
         raise ValueError(f"`policy_version` must not be negative, got {version}; it is the global optimizer step.")
     return version
 
 
 def _checked_hash(prompt_hash: int) -> int:
-    try:
-        number = operator.index(prompt_hash)
-    except TypeError:
-        raise TypeError(f"`prompt_hash` must be an integer, got {prompt_hash!r}.") from None
+    number = as_integer("prompt_hash", prompt_hash)
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"`prompt_hash` must have 64 bits, got {number}.")
     return number

@@ -133,9 +133,6 @@ class Replayer:
             logger.warning(f"Replay is switched off for this run: {reason}")
         self.is_stopped = True
 
-    def _forget_batches(self) -> None:
-        self.batch, self._open = None, {}
-
     def bind(self, questions: TrainingQuestions) -> None:
         """Take the questions of another dataset, at the beginning of a run."""
         self.questions = questions
@@ -323,8 +320,7 @@ class Replayer:
                 self.buffer.retire(question.question_id)
         self.metrics.add_collection(evicted_incorrect=evicted)
         if not self.is_started:
-            pass_rate = float(batch.is_correct[batch.is_fresh].mean())
-            self.is_started = pass_rate > self.args.replay_start_pass_rate  # type: ignore[operator]
+            self.is_started = batch.fresh_pass_rate > self.args.replay_start_pass_rate  # type: ignore[operator]
         self.strategies.observe(batch)
 
     def finish(self) -> None:
@@ -367,7 +363,7 @@ class Replayer:
             load_buffer (`Callable`):
                 Loads the buffer. Called on the main process.
         """
-        self._forget_batches()
+        self.batch, self._open = None, {}  # of the run before
 
         def load() -> Mapping[str, Any]:
             self.buffer = load_buffer()

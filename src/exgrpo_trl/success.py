@@ -78,7 +78,7 @@ class SuccessRule:
 
     @property
     def description(self) -> str:
-        """The rule in words, and how to choose another."""
+        """The rule in words."""
         if self.success_reward == WEIGHTED_SUM:
             rule = f"the weighted sum of {', '.join(self.names)} is"
         elif self.success_reward is not None or len(self.names) == 1:

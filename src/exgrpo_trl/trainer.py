@@ -307,7 +307,7 @@ class ExGRPOTrainer(GRPOTrainer):
 
     def _take_rewards(self, batch: Batch, calculate: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Around `_calculate_rewards` while a batch is generated: its rewards, and its completions as they came."""
-        arguments = inspect.signature(GRPOTrainer._calculate_rewards).bind(self, *args, **kwargs).arguments
+        arguments = self._reward_arguments(*args, **kwargs)
         num_rows = len(arguments["prompts"])
         self._log_completion_extra("replayed", [position in batch.stored for position in range(num_rows)])
         with self._processes.together("computing rewards"):
@@ -326,9 +326,12 @@ class ExGRPOTrainer(GRPOTrainer):
 
     def _mark_fresh(self, calculate: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Around `_calculate_rewards` in an evaluation: TRL's table of completions has the same columns as ever."""
-        arguments = inspect.signature(GRPOTrainer._calculate_rewards).bind(self, *args, **kwargs).arguments
-        self._log_completion_extra("replayed", [False] * len(arguments["prompts"]))
+        self._log_completion_extra("replayed", [False] * len(self._reward_arguments(*args, **kwargs)["prompts"]))
         return calculate(*args, **kwargs)
+
+    def _reward_arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments of `_calculate_rewards` by name, however TRL passes them."""
+        return inspect.signature(GRPOTrainer._calculate_rewards).bind(self, *args, **kwargs).arguments
 
     def _keep_forward(self, batch: Batch, forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a forward while a batch is generated: log-probabilities of the policy come with their entropies."""
@@ -422,9 +425,7 @@ class ExGRPOTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
-        if not self._is_replay_enabled:
-            return sampler
-        if sampler is None or not self.args.drop_retired_questions:
+        if not self._is_replay_enabled or sampler is None or not self.args.drop_retired_questions:
             return sampler
         return ActiveQuestionSampler(
             sampler,

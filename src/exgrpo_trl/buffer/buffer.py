@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ..records import Experience, Question
+from ..records import Experience, Question, as_integer
 from ..strategies.eviction import EvictionFunction, Oldest
 from ..strategies.samplers import GaussianSampler, SamplingFunction, check_drawn
 from ..values import plain
@@ -492,20 +491,14 @@ class ExperienceBuffer:
 def _checked_size(name: str, value: int | None) -> int | None:
     if value is None:
         return None
-    try:
-        size = operator.index(value)
-    except TypeError:
-        raise TypeError(f"`{name}` must be an integer or None, got {value!r}.") from None
+    size = as_integer(name, value, " or None")
     if size < 1:
         raise ValueError(f"`{name}` must be at least 1, got {size}; use None for no limit.")
     return size
 
 
 def _checked_count(name: str, value: int, group_size: int) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.") from None
+    count = as_integer(name, value)
     if not 0 <= count <= group_size:
         raise ValueError(f"`{name}` must lie in 0..{group_size}, got {count}.")
     return count
