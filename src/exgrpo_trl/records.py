@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .rollout_details import RolloutDetails, is_model_of
+
 MAX_TOKEN_ID = 2**31 - 1
 MAX_POLICY_VERSION = 2**63 - 1
 UNKNOWN_PROMPT = 0
@@ -83,6 +85,8 @@ class Experience:
         prompt_hash (`int`, *optional*, defaults to `0`):
             Hash of the tokens of the prompt that it answers, 64 bits, signed; 0 if unknown. Where the prompt of its
             question renders to other tokens, a completion is not replayed.
+        details ([`RolloutDetails`], *optional*):
+            What a rollout of several turns, of an environment or of a rollout function has beyond tokens.
     """
 
     token_bytes: bytes
@@ -91,6 +95,7 @@ class Experience:
     reward: float
     entropy: float
     prompt_hash: int = UNKNOWN_PROMPT
+    details: RolloutDetails | None = None
 
     @classmethod
     def create(
@@ -102,6 +107,7 @@ class Experience:
         reward: float,
         entropy: float = math.nan,
         prompt_hash: int = UNKNOWN_PROMPT,
+        details: RolloutDetails | None = None,
     ) -> Experience:
         """
         Validated experience.
@@ -119,6 +125,8 @@ class Experience:
                 Mean token entropy under the behaviour policy in nats.
             prompt_hash (`int`, *optional*, defaults to `0`):
                 Hash of the tokens of the prompt, see [`~exgrpo_trl.records.prompt_hash`]; 0 if unknown.
+            details ([`RolloutDetails`], *optional*):
+                What it has beyond tokens. Log-probabilities of tokens that the model did not write are kept as 0.
 
         Raises:
             TypeError: if the ids are not integers or a number is not a number.
@@ -152,6 +160,12 @@ class Experience:
                 f"`behavior_per_token_logps` must be finite and at most 0, got values from {lowest} to {highest}; "
                 "they are log-probabilities in nats of the generated tokens."
             )
+        if details is not None and details.run_bytes:
+            if details.run_lengths.sum() != ids.size:
+                raise ValueError(
+                    f"`details` tells who wrote {details.run_lengths.sum()} tokens, of a completion of {ids.size}."
+                )
+            logps = np.where(is_model_of(details.run_lengths, ids.size), logps, 0.0)
         return cls(
             # Their low halves. An int32 array in between would leave a hole in the heap: 200 bytes per completion.
             wide.view(np.int32)[_LOW_HALF::2].tobytes(),
@@ -160,6 +174,7 @@ class Experience:
             _checked_float("reward", reward, allow_nan=False),
             _checked_float("entropy", entropy, allow_nan=True),
             _checked_hash(prompt_hash),
+            details,
         )
 
     @property
@@ -176,6 +191,19 @@ class Experience:
     def num_tokens(self) -> int:
         """Number of tokens."""
         return len(self.token_bytes) // 4
+
+    @property
+    def is_model(self) -> NDArray[np.bool_]:
+        """Which tokens the model wrote, rather than a tool or an environment; shape `(num_tokens,)`."""
+        runs = np.zeros(0, dtype=np.int32) if self.details is None else self.details.run_lengths
+        return is_model_of(runs, self.num_tokens)
+
+    @property
+    def num_model_tokens(self) -> int:
+        """Number of tokens that the model wrote."""
+        if self.details is None or not self.details.run_bytes:
+            return self.num_tokens
+        return int(self.details.run_lengths[::2].sum())
 
     def __len__(self) -> int:
         return self.num_tokens

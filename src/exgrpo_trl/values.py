@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .images import ImageReference, StoredImage, is_image
 from .value_codecs import (
     ARRAY,
     MALFORMED,
@@ -78,7 +79,7 @@ def from_json(text: str) -> Any:
 
 def copied(value: Any, column: str | None = None) -> Any:
     """
-    Copy that shares no memory with the value; tensors come to the CPU.
+    Copy that shares no memory with the value; tensors come to the CPU, stored images are decoded.
 
     Args:
         value (`Any`):
@@ -92,6 +93,10 @@ def copied(value: Any, column: str | None = None) -> Any:
     kind = type(value)
     if kind in _JSON_TYPES:
         return value
+    if kind is StoredImage:
+        return value.open()
+    if is_image(value):
+        return value.copy()
     if kind is dict:
         return {copied(key, column): copied(item, key if column is None else column) for key, item in value.items()}
     if kind in (list, tuple, set, frozenset):
@@ -156,6 +161,8 @@ def _codec_of(value: Any) -> Codec | None:
         return ARRAY if dtype_to_json(value.dtype) is not None else None
     if is_tensor(value):
         return TENSOR if is_dense(value) else None
+    if is_image(value):
+        return _IMAGE
     pandas = sys.modules.get("pandas")
     if pandas is not None:
         of_pandas = {pandas.Timestamp: TIMESTAMP, pandas.Timedelta: PANDAS_TIMEDELTA}
@@ -188,6 +195,16 @@ _OBJECT_ARRAY = Codec(
 )
 
 
+# Images
+
+
+def _image_fields(value: Any, column: str | None) -> dict[str, Any]:
+    image = value if isinstance(value, StoredImage) else StoredImage.of(value)
+    return {"value": to_base64(image.content), "digest": image.digest}
+
+
+_IMAGE = Codec("image", _image_fields, lambda fields: StoredImage(bytes_of(fields), str(fields["digest"])))
+
 _JSON_TYPES = (type(None), str, int, float, bool)
 _CODEC_OF_TYPE = {
     bytes: Codec("bytes", lambda value, column: {"value": to_base64(value)}, bytes_of),
@@ -213,6 +230,12 @@ _CODEC_OF_TYPE = {
             ]
         },
         lambda fields: dict(list_of(fields)),
+    ),
+    StoredImage: _IMAGE,
+    ImageReference: Codec(
+        "image_reference",
+        lambda value, column: {"digest": value.digest},
+        lambda fields: ImageReference(str(fields["digest"])),
     ),
     tuple: _items_codec(tuple),
     set: _items_codec(set),
