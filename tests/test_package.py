@@ -65,7 +65,8 @@ def test_py_typed_is_shipped() -> None:
 ORDER = [
     "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer", "cli",
     "plan", "batch", "processes",
-    "scoring", "rollouts", "prompts", "rewards", "success", "metrics", "config", "coverage", "questions", "dataset", "checkpoints",
+    "scoring", "rollouts", "prompts", "rewards", "success", "metrics", "config", "coverage", "questions",
+    "dataset", "checkpoints",
     "selection", "notices", "compatibility", "replayer", "trainer",
 ]  # fmt: skip
 

@@ -34,8 +34,9 @@ class TrainingQuestions:
     different questions. A row whose prompt is its own is identified by the prompt alone. Of a stream nothing is known
     beforehand, so its rows are identified by their prompt.
 
-    Where environments own the data, rows may be equal in everything and only hold a place: what they ask is decided
-    when an environment is reset. Such a row is a question of its own in each group of a batch, and none of them retires.
+    Where environments own the data, rows may be equal in everything and only hold a place: what they ask is
+    decided when an environment is reset. Such a row is a question of its own in each group of a batch, and none of
+    them retires.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):

@@ -128,8 +128,8 @@ class ExGRPOTrainer(GRPOTrainer):
 
     Raises:
         `NotImplementedError`:
-            When something cannot work with replay or with the installed TRL (in TRL below 1.14: Liger's loss, and tools
-            with a vLLM server).
+            When something cannot work with replay or with the installed TRL (below 1.14: Liger's loss, and tools with
+            a vLLM server).
         `ValueError`:
             When the configuration, the question ids or the buffer do not fit together.
     """
