@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What PNG holds as it is; anything else goes into a TIFF file.
-_PNG_MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16")
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_PLAIN = (str, int, float, bool, type(None))
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False, repr=False)
@@ -99,20 +100,33 @@ def pixel_digest(image: Image) -> str:
         ) from error
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
     if image.mode in ("P", "PA") and image.palette is not None:
-        digest.update(bytes(image.getpalette("RGBA") or ()))
+        digest.update(_palette_of(image))
     digest.update(pixels)
     return digest.hexdigest()
+
+
+def _palette_of(image: Image) -> bytes:
+    """Colours with opacity, four bytes each; files keep the opacity beside the palette."""
+    palette = bytearray(image.getpalette("RGBA") or ())
+    transparency = image.info.get("transparency")
+    if image.mode == "P" and isinstance(transparency, int):
+        palette[4 * transparency + 3 : 4 * transparency + 4] = b"\0"
+    elif image.mode == "P" and isinstance(transparency, bytes):
+        known = transparency[: len(palette) // 4]
+        palette[3 : 4 * len(known) : 4] = known
+    return bytes(palette)
 
 
 def map_images(value: Any, change: Callable[[Any], Any]) -> Any:
     """The value with every image in it (of Pillow, stored, or a reference) changed; shares what holds none."""
     kind = type(value)
-    if kind is dict:
-        changed: Any = {key: map_images(item, change) for key, item in value.items()}
-        return changed if any(changed[key] is not item for key, item in value.items()) else value
-    if kind in (list, tuple):
-        changed = kind(map_images(item, change) for item in value)
-        return changed if any(new is not old for new, old in zip(changed, value, strict=True)) else value
+    if kind is dict or kind is list or kind is tuple:
+        changed: Any = None  # a copy, made for the first image: most rows hold none
+        for key, item in value.items() if kind is dict else enumerate(value):
+            if type(item) not in _PLAIN and (new := map_images(item, change)) is not item:
+                changed = (dict(value) if kind is dict else list(value)) if changed is None else changed
+                changed[key] = new
+        return value if changed is None else tuple(changed) if kind is tuple else changed
     return change(value) if kind in (StoredImage, ImageReference) or is_image(value) else value
 
 
@@ -141,7 +155,7 @@ def referenced(value: Any, images: dict[str, StoredImage] | None = None) -> Any:
     return map_images(value, reference)
 
 
-def resolved(value: Any, images: dict[str, StoredImage]) -> Any:
+def resolved(value: Any, images: Mapping[str, StoredImage]) -> Any:
     """
     The value with stored images in the place of references to them.
 

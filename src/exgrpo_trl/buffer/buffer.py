@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ..images import referenced
 from ..records import Experience, Question, as_integer
 from ..strategies.eviction import EvictionFunction, Oldest
 from ..strategies.samplers import GaussianSampler, SamplingFunction, check_drawn
@@ -211,7 +212,8 @@ class ExperienceBuffer:
 
         Args:
             question ([`Question`]):
-                The question; of a stored one the first example is kept.
+                The question; of a stored one the first example is kept. Images of Pillow in it are kept as
+                [`StoredImage`].
             experiences (`Sequence[Experience]`):
                 The correct fresh completions of the group.
             num_correct (`int`):
@@ -227,8 +229,8 @@ class ExperienceBuffer:
 
         Raises:
             TypeError: if the question or an experience is not one.
-            ValueError: if a number is out of range, the group size is not the buffer's, or the question id belongs to
-                another prompt.
+            ValueError: if a number is out of range, the group size is not the buffer's, the question id belongs to
+                another prompt, or an image cannot be stored.
         """
         if not isinstance(question, Question):
             raise TypeError(f"`question` must be a Question, got {type(question).__name__}.")
@@ -267,8 +269,10 @@ class ExperienceBuffer:
 
         Raises:
             KeyError: if the buffer holds no completion of that question.
+            ValueError: if an image of it cannot be stored.
         """
-        self._stored(question.question_id).question = question
+        self._stored(question.question_id)
+        self._store.update(question)
 
     def sample_questions(self, n: int, sampler: SamplingFunction | None = None) -> list[str]:
         """
@@ -450,12 +454,15 @@ class ExperienceBuffer:
 
     def _check_prompt(self, question: Question) -> None:
         stored = self._store.questions.get(question.question_id)
-        # `plain`, because arrays in a prompt do not compare as a whole.
-        if stored is not None and plain(stored.question.example["prompt"]) != plain(question.example["prompt"]):
+        if stored is None or stored.question is question:
+            return
+        prompts = [asked.example["prompt"] for asked in (stored.question, question)]
+        # `plain`, because arrays in a prompt do not compare as a whole; images compare by their pixels.
+        if plain(referenced(prompts[0])) != plain(referenced(prompts[1])):
             raise ValueError(
-                f"Question id {question.question_id!r} belongs to two prompts: "
-                f"{stored.question.example['prompt']!r} and {question.example['prompt']!r}. Identify questions by a "
-                "column with one id per prompt, or by the prompt itself (`question_id_column=None`)."
+                f"Question id {question.question_id!r} belongs to two prompts: {prompts[0]!r} and {prompts[1]!r}. "
+                "Identify questions by a column with one id per prompt, or by the prompt itself "
+                "(`question_id_column=None`)."
             )
 
     def _apply_capacity(self) -> None:
