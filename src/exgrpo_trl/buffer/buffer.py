@@ -412,7 +412,7 @@ class ExperienceBuffer:
 
     def to_dataset(self) -> Dataset:
         """One row per stored completion, see [`completions_to_dataset`]; retired questions are not in it."""
-        from .tables import completions_to_dataset
+        from .as_dataset import completions_to_dataset
 
         return completions_to_dataset(self.items(), self.provenance)
 
@@ -433,7 +433,7 @@ class ExperienceBuffer:
         Raises:
             ValueError: if a column is missing or holds something else, or the provenance of two rows differs.
         """
-        from .tables import completions_from_dataset, provenance_from_dataset
+        from .as_dataset import completions_from_dataset, provenance_from_dataset
 
         buffer = cls(group_size=group_size, **kwargs)
         for question, experience, bucket in completions_from_dataset(dataset):

@@ -87,21 +87,20 @@ def details_from_columns(
     sums = np.concatenate(([0], np.cumsum(run_lengths, dtype=np.int64)))[run_offsets]
     is_right = (np.diff(run_offsets) == 0) | (np.diff(sums) == num_tokens)
     require(bool((run_lengths >= 0).all() and is_right.all()), "the lengths of runs add up to the number of tokens")
-    return [
-        RolloutDetails(
-            runs, *texts[:2], prompt_ids, *texts[2:], tuple(image_of(digest, images) for digest in own or ())
-        )
-        if has
-        else None
-        for has, runs, prompt_ids, own, *texts in zip(
-            is_stored.tolist(),
-            _parts(run_offsets, run_lengths),
-            _parts(*_lists(columns["prompt_ids"])),
-            columns["images"].to_pylist(),
-            *(columns[name].to_pylist() for name in _TEXTS),
-            strict=True,
-        )
-    ]
+    rows = zip(
+        is_stored.tolist(),
+        _parts(run_offsets, run_lengths),
+        _parts(*_lists(columns["prompt_ids"])),
+        columns["images"].to_pylist(),
+        *(columns[name].to_pylist() for name in _TEXTS),
+        strict=True,
+    )
+    details: list[RolloutDetails | None] = []
+    for has_details, runs, prompt_ids, digests, messages, prompt, fields, rewards in rows:
+        own = tuple(image_of(digest, images) for digest in digests or ())
+        made = RolloutDetails(runs, messages, prompt, prompt_ids, fields, rewards, own) if has_details else None
+        details.append(made)
+    return details
 
 
 def require(condition: bool, rule: str) -> None:

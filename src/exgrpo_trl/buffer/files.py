@@ -132,8 +132,8 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
         for question_id, bucket in questions
     )
     with _writer(directory / QUESTIONS_FILE, QUESTION_SCHEMA) as file:
-        for batch in bounded(texts, lambda row: len(row[1])):
-            file.write_batch(pa.record_batch(list(zip(*batch, strict=True)), schema=QUESTION_SCHEMA))
+        for some in bounded(texts, lambda row: len(row[1])):
+            file.write_batch(pa.record_batch(list(zip(*some, strict=True)), schema=QUESTION_SCHEMA))
 
     ranks = {experience: rank for rank, (experience, _) in enumerate(buffer._store.versions)}
     rows = (

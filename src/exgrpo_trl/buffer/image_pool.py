@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..images import StoredImage, map_images, pixel_digest
+from ..images import StoredImage, map_images, stored
 from ..records import Experience, Question
 
 
@@ -27,7 +27,7 @@ class ImagePool:
         Raises:
             ValueError: if an image cannot be stored.
         """
-        example = map_images(question.example, self._pooled)
+        example = stored(question.example, self._images)
         return question if example is question.example else Question(question.question_id, example)
 
     def experience(self, experience: Experience) -> Experience:
@@ -38,13 +38,6 @@ class ImagePool:
         if all(pooled is own for pooled, own in zip(images, experience.details.images, strict=True)):
             return experience
         return replace(experience, details=replace(experience.details, images=images))
-
-    def _pooled(self, image: Any) -> StoredImage:
-        if isinstance(image, StoredImage):
-            return self._images.setdefault(image.digest, image)
-        # To encode an image takes far longer than to look for it.
-        known = self._images.get(pixel_digest(image))
-        return self._images.setdefault((new := StoredImage.of(image)).digest, new) if known is None else known
 
     # Weak references cannot be copied.
     def __getstate__(self) -> list[StoredImage]:
