@@ -107,16 +107,14 @@ def plain_processor() -> Any:
 
 
 def tiled_processor() -> Any:
-    """Cuts a picture into tiles of 28 x 28 pixels, one token each: a square is one tile, a wide one two and a thumbnail."""
+    """Cuts a picture into tiles of 28 x 28 pixels, one token each: one of a square, two and a thumbnail of a wide one."""
     tokenizer = _tokenizer(TILED_TOKENS)
     names = ("context_image_token", "start_image_token", "end_image_token", "video_token")
     for name, token in zip(names, TILED_TOKENS, strict=True):
         setattr(tokenizer, name, token)
         setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
     return _without_videos(InternVLProcessor)(
-        _image_processor(
-            "GotOcr2ImageProcessor", size={"height": SIDE, "width": SIDE}, min_patches=1, max_patches=2
-        ),
+        _image_processor("GotOcr2ImageProcessor", size={"height": SIDE, "width": SIDE}, min_patches=1, max_patches=2),
         tokenizer,
         image_seq_length=1,
         chat_template=_chat_template("<IMG_CONTEXT>"),
