@@ -1,4 +1,9 @@
-"""Tiny real vision-language models, their processors and datasets of pictures, made on the spot."""
+"""
+Tiny real vision-language models, their processors and datasets of pictures, made on the spot.
+
+TRL's own trainer trains on any of them. TRL 1.0 needs exactly one picture a row for the plain and the tiled kind, of one
+tile for the latter, and pictures in every batch. No release takes rows with and without pictures in one batch.
+"""
 
 import functools
 import tempfile
@@ -107,7 +112,7 @@ def plain_processor() -> Any:
 
 
 def tiled_processor() -> Any:
-    """Cuts a picture into tiles of 28 x 28 pixels, one token each: one of a square, two and a thumbnail of a wide one."""
+    """Cuts a picture into tiles of 28 x 28 pixels, one token each: a square one into one, a wide one into three."""
     tokenizer = _tokenizer(TILED_TOKENS)
     names = ("context_image_token", "start_image_token", "end_image_token", "video_token")
     for name, token in zip(names, TILED_TOKENS, strict=True):
