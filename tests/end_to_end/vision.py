@@ -1,8 +1,8 @@
 """
 Tiny real vision-language models, their processors and datasets of pictures, made on the spot.
 
-TRL's own trainer trains on any of them. TRL 1.0 needs pictures in every batch, and for the plain and the tiled kind one
-picture a row, of one tile for the latter. No release takes rows with and without pictures in one batch.
+TRL's own trainer trains on any of them. TRL 1.0 needs pictures in every batch, and for the plain and the tiled kind
+one picture a row, of one tile for the latter. No release takes rows with and without pictures in one batch.
 """
 
 import functools
