@@ -3,12 +3,12 @@ Train a vision-language model on pictures with experience replay.
 
     accelerate launch examples/train_vision.py
 
-trains a tiny model on generated pictures, on a CPU and without a hub. Each shows one coloured square on a board of 3 x 3
-fields, and the question is which colour is where: "red b 2". The model is made on the spot. A short supervised warm-up
-teaches it the form of an answer and the colours, but hardly any places: the reinforcement learning has to find those.
+trains a tiny model on generated pictures, on a CPU and without a hub. Each shows one coloured square on a noisy
+ground, and the question is which colour it has. The model is made on the spot. A few supervised steps teach it to
+answer with a colour, but hardly which one: the reinforcement learning has to find that.
 
-Every field of `ExGRPOConfig` is a flag; `--config file.yaml` reads them from a file. For a model and pictures of yours,
-replace `make_model`, `make_processor` and `make_dataset`; the call of `ExGRPOTrainer` stays as it is.
+Every field of `ExGRPOConfig` is a flag; `--config file.yaml` reads them from a file. For a model and pictures of
+yours, replace `make_model`, `make_processor` and `make_dataset`; the call of `ExGRPOTrainer` stays as it is.
 """
 
 from dataclasses import dataclass, field
@@ -43,16 +43,17 @@ COLOURS = {
     "blue": (60, 80, 220),
     "yellow": (220, 210, 60),
     "purple": (150, 50, 180),
+    "orange": (240, 140, 30),
     "white": (240, 240, 240),
+    "black": (10, 10, 10),
 }
-COLUMNS, ROWS = "abc", "123"
-FIELD = 8  # pixels of the side of a field, and of a patch of the vision tower
-SIDE = FIELD * len(ROWS)
-QUESTION = "which colour is where ?"
+SIDE, PATCH, SQUARE = 24, 8, 10  # pixels of the sides of a picture, of a patch of the vision tower, and of a square
+QUESTION = "which colour has the square ?"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }} : {% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}{% endif %} {% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+    "{% for message in messages %}{{ message['role'] }} : "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %} "
+    "{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
 )
 
 # Chosen by measurement so that the run fits into a few minutes on one CPU core, and learns. Any flag overrides them.
@@ -63,7 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 128,
     "num_generations": 8,
     "num_generations_eval": 1,
-    "max_completion_length": 4,
+    "max_completion_length": 2,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "loss_type": "dr_grpo",
@@ -86,7 +87,7 @@ class Arguments:
 
     num_train: int = field(default=512, metadata={"help": "Pictures to train on."})
     num_held_out: int = field(default=256, metadata={"help": "Pictures held out to measure the accuracy."})
-    warm_up_steps: int = field(default=60, metadata={"help": "Supervised steps before the reinforcement learning."})
+    warm_up_steps: int = field(default=10, metadata={"help": "Supervised steps before the reinforcement learning."})
 
 
 def parse_arguments() -> tuple[Arguments, ExGRPOConfig]:
@@ -99,14 +100,13 @@ def parse_arguments() -> tuple[Arguments, ExGRPOConfig]:
 
 
 def draw(generator: np.random.Generator) -> tuple[Image.Image, str]:
-    """A picture and the answer to the question about it."""
-    pixels = generator.normal(90, 25, (SIDE, SIDE, 3))
+    """A picture and the colour of its square."""
+    pixels = generator.normal(110, 30, (SIDE, SIDE, 3))
     colour = str(generator.choice(list(COLOURS)))
-    column, row = (int(i) for i in generator.integers(0, len(ROWS), 2))
-    place = (slice(row * FIELD, (row + 1) * FIELD), slice(column * FIELD, (column + 1) * FIELD))
-    pixels[place] = COLOURS[colour] + generator.normal(0, 25, (FIELD, FIELD, 3)) + generator.normal(0, 25, 3)
-    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return picture, f"{colour} {COLUMNS[column]} {ROWS[row]}"
+    x, y = (int(i) for i in generator.integers(0, SIDE - SQUARE + 1, 2))
+    shade = COLOURS[colour] + generator.normal(0, 15, 3)
+    pixels[y : y + SQUARE, x : x + SQUARE] = shade + generator.normal(0, 15, (SQUARE, SQUARE, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), colour
 
 
 def make_dataset(number: int, seed: int) -> Dataset:
@@ -118,8 +118,8 @@ def make_dataset(number: int, seed: int) -> Dataset:
 
 
 def make_processor() -> LlavaProcessor:
-    """A tokenizer of one token a word, and pictures in patches of one field."""
-    words = ["user", "assistant", ":", *QUESTION.split(), *COLOURS, *COLUMNS, *ROWS]
+    """A tokenizer of one token a word, and pictures in patches."""
+    words = ["user", "assistant", ":", *QUESTION.split(), *COLOURS]
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "<image>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -138,7 +138,7 @@ def make_processor() -> LlavaProcessor:
     return LlavaProcessor(
         image_processor(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3),
         fast,
-        patch_size=FIELD,
+        patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
@@ -159,9 +159,9 @@ def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
                 max_position_embeddings=64,
                 **layers,
             ),
-            vision_config=CLIPVisionConfig(image_size=SIDE, patch_size=FIELD, projection_dim=64, **layers),
+            vision_config=CLIPVisionConfig(image_size=SIDE, patch_size=PATCH, projection_dim=64, **layers),
             image_token_index=processor.image_token_id,
-            image_seq_length=len(ROWS) * len(COLUMNS),
+            image_seq_length=(SIDE // PATCH) ** 2,
             vision_feature_layer=-1,
         )
     )
@@ -182,7 +182,7 @@ def warm_up(model: Any, processor: Any, steps: int, seed: int) -> None:
         texts = [f"{text} {answer} <eos>" for answer in answers]
         batch = processor(images=list(pictures), text=texts, return_tensors="pt")
         labels = batch["input_ids"].clone()
-        labels[:, :-4] = -100  # what is learned: three words and the end
+        labels[:, :-2] = -100  # what is learned: the colour and the end
         model(**batch, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
