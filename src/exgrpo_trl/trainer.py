@@ -20,9 +20,11 @@ from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import (
     Location,
     check_buffer,
+    check_rollouts,
     check_settings,
     find_checkpoint,
     resolve_buffer,
+    rollout_fingerprint,
     tokenizer_fingerprint,
 )
 from .compatibility import (
@@ -38,7 +40,7 @@ from .compatibility import (
     wrapped_value,
 )
 from .config import ExGRPOConfig
-from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset
+from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset, has_images, undecodable_row
 from .processes import Processes
 from .prompts import Prompts, images_of
 from .questions import TrainingQuestions
@@ -514,6 +516,23 @@ class ExGRPOTrainer(GRPOTrainer):
 
     # Dataset
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_replay_enabled or not has_images(self.train_dataset):
+            return super().get_batch_samples(*args, **kwargs)
+        with self._processes.together("loading a batch"):
+            try:
+                return super().get_batch_samples(*args, **kwargs)
+            except Exception as error:
+                found = undecodable_row(self.train_dataset)
+                if found is None:
+                    raise
+                row, reason = found
+                raise ValueError(
+                    f"An image in row {row} of the training dataset cannot be decoded ({type(reason).__name__}: "
+                    f"{reason}). Replace it, or leave the row out: "
+                    f"dataset.select(row for row in range(len(dataset)) if row != {row})."
+                ) from error
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if not self._is_replay_enabled or sampler is None or not self.args.drop_retired_questions:
@@ -568,6 +587,20 @@ class ExGRPOTrainer(GRPOTrainer):
             # The main process goes on to write the state of the trainer, which says that a checkpoint is complete.
             self._processes.wait()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self._has_missing_weights = bool(load_result.missing_keys)
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._has_missing_weights = False
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._is_replay_enabled or not self._has_missing_weights or is_peft_model(self.model):
+            return
+        # transformers saves some models (LLaVA, Qwen2-VL) under other names than it resumes them from, and goes on
+        # with the weights of the start. Loaded as a model, the checkpoint gets the right names.
+        saved = type(self.model).from_pretrained(resume_from_checkpoint).state_dict()
+        self.model.load_state_dict(saved)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._is_replay_enabled and checkpoint is not None:
             check_batch_size(self._train_batch_size, self.args)
@@ -594,11 +627,18 @@ class ExGRPOTrainer(GRPOTrainer):
             "temperature": self.temperature,
             "question_id_column": self.args.question_id_column,
         }
+        provenance |= rollout_fingerprint(self)
         check_buffer(
             buffer,
             provenance=provenance,
             max_completion_length=self.max_completion_length,
             vocab_size=self.model.config.get_text_config().vocab_size,
+            source=source,
+        )
+        check_rollouts(
+            buffer,
+            knows_turns=bool(self.tools) or self._has_rollout_func,
+            reward_names=self.reward_func_names if self._keeps_rewards else [],
             source=source,
         )
         buffer.provenance |= provenance
