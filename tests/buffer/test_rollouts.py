@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 from dataclasses import astuple, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -327,6 +328,16 @@ def test_files_of_earlier_versions(tmp_path, version):
     loaded.save(path)
     assert (path / "images.parquet").exists()
     assert state(ExperienceBuffer.load(path)) == state(buffer)
+
+
+def test_a_buffer_that_an_earlier_version_wrote(tmp_path):
+    recorded = Path(__file__).parents[1] / "end_to_end" / "recorded" / "checkpoint-6" / "experience_buffer"
+    assert not (recorded / "images.parquet").exists()
+    loaded = ExperienceBuffer.load(recorded)
+    assert len(loaded) > 0
+    assert all(experience.details is None for _, _, experience in loaded)
+    loaded.save(tmp_path / "buffer")
+    assert state(ExperienceBuffer.load(tmp_path / "buffer")) == state(loaded)
 
 
 # In datasets
