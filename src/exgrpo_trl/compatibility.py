@@ -177,7 +177,7 @@ def _check_agents(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
         raise NotImplementedError(
             f"trl {trl.__version__} asks a vLLM server for the later turns of {of_agents[0]} as if rows "
             "shared their history, so that rows get the turns of others, in plain GRPO too. Upgrade "
-            "TRL to 1.14 or later, or set vllm_mode='colocate'."
+            "TRL to 1.14.1 or later, or set vllm_mode='colocate'."
         )
     if args.use_vllm and args.world_size > 1 and (args.vllm_mode == "server" or args.vllm_tensor_parallel_size > 1):
         raise NotImplementedError(

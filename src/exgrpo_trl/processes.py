@@ -68,6 +68,14 @@ class Processes:
             dist.gather_object(mine, gathered, dst=0)
         return gathered or []
 
+    def highest(self, mine: int) -> int:
+        """The highest of the numbers that the processes have, on all."""
+        if self.count == 1:
+            return mine
+        highest = torch.tensor([mine], device=self.device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return int(highest)
+
     def wait(self) -> None:
         """Return once all processes have come here."""
         if self.count > 1:

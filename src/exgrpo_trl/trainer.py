@@ -50,7 +50,7 @@ from .rewards import keeping_stored
 from .rollouts import Rollouts, SingleTurnRollouts, VLLMRollouts
 from .rollouts.environments import stand_ins, without_images
 from .rollouts.functions import call_rollout_function
-from .rollouts.multi_turn import put_stored_rollouts, snapshot
+from .rollouts.multi_turn import EvenTurns, put_stored_rollouts, snapshot
 from .rollouts.vllm import correct_fresh_only
 from .scoring import Prompted, Scores, evaluating, reshard, score_completions
 from .strategies import Strategies
@@ -71,6 +71,12 @@ def _signature(init: Callable[..., None]) -> inspect.Signature:
 def _path_or(buffer: Any, otherwise: str) -> str:
     """What messages call a buffer: its path if it was given by one."""
     return str(buffer) if isinstance(buffer, str | os.PathLike) else otherwise
+
+
+def _after(first: Callable[[], None], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around a method: something else before it."""
+    first()
+    return method(*args, **kwargs)
 
 
 logger = logging.get_logger(__name__)
@@ -328,7 +334,10 @@ class ExGRPOTrainer(GRPOTrainer):
         return output
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._tool_call_loop(*args, **kwargs)
+        if not self._is_replay_enabled:
+            return super()._tool_call_loop(*args, **kwargs)
+        with self._processes.together("calling tools"), self._even_turns():
+            result = super()._tool_call_loop(*args, **kwargs)
         batch = self._generated_batch
         if batch is None:
             return result
@@ -337,12 +346,30 @@ class ExGRPOTrainer(GRPOTrainer):
         )
 
     @contextmanager
+    def _even_turns(self) -> Iterator[None]:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        is_sharded = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        if self.use_vllm or not is_sharded or self._processes.count == 1:
+            yield
+            return
+        takes_number = "num_generations" in inspect.signature(GRPOTrainer._generate_single_turn).parameters
+        prompt = [[self._text_tokenizer.eos_token_id]]
+        generate = functools.partial(super()._generate_single_turn, prompt, None, {}, *([1] if takes_number else []))
+        turns = EvenTurns(self._processes, generate)
+        with turns.until_all_are_done(), wrapped(self, "_generate_single_turn", turns.turn):
+            yield
+
+    @contextmanager
     def _rolling_out(self, batch: Batch, inputs: list[dict[str, Any]]) -> Iterator[None]:
         """While a batch is generated: environments and rollout functions are kept from rows of stored rollouts."""
         with ExitStack() as stack:
             if self._has_environments:
                 batch.fresh.prompts = {}
                 stack.enter_context(stand_ins(self, batch, inputs))
+                # Until prompts are known: a process whose environment fails must not leave the others waiting.
+                resetting = stack.enter_context(ExitStack())
+                resetting.enter_context(self._processes.together("resetting the environments"))
+                stack.enter_context(wrapped(self, "_generate", functools.partial(_after, resetting.close)))
             if self._has_rollout_func:
                 stack.enter_context(wrapped(self, "rollout_func", functools.partial(self._call_rollout_func, batch)))
             yield

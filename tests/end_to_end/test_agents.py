@@ -72,7 +72,6 @@ KINDS = {
     "environment": acts(None),
     "environment_observes": acts("row"),
     "environment_observes_anew": acts("rollout"),
-    "environment_async_reward": acts("row", reward=slow_environment_reward),
     "environment_placeholder": acts("row", prompt="same"),
     "function": calls_function(whole_groups=True),
     "function_fresh_only": calls_function(whole_groups=False),
@@ -80,10 +79,13 @@ KINDS = {
 if HAS_POOL:
     KINDS |= {
         "environments": acts_in_several,
-        "environment_without_prompts": acts("row", prompt="none"),
+        # Below, asynchronous functions get no environments.
+        "environment_async_reward": acts("row", reward=slow_environment_reward),
         "environment_rewards": acts("row", kind=agents.RewardingRoom, reward=None),
         "environment_rewards_async": acts("row", kind=agents.RewardingShop, reward=None),
     }
+if Version("1.9") <= TRL:
+    KINDS["environment_without_prompts"] = acts("row", prompt="none")
 
 
 class AgentTrainer(ExGRPOTrainer):

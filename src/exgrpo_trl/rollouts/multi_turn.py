@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..batch import Batch
 from ..images import opened
+from ..processes import Processes
+
+_DONE, _GENERATES, _FAILED = range(3)
 
 
 def put_stored_rollouts(
@@ -45,6 +49,44 @@ def put_stored_rollouts(
             tool_images[position] = images_of_tools(messages[position])
     rest = result[4:] if tool_images is None else (*result[4:6], tool_images, *result[7:])
     return masks, messages, token_ids, logps, *rest
+
+
+class EvenTurns:
+    """
+    As many turns on every process, where one cannot generate without the others because each has a part of the model.
+
+    TRL generates a later turn as long as a row of the process calls a tool, so that processes would wait for each
+    other in vain. Here those that are done go on to generate, for nothing, until all are.
+
+    Args:
+        processes ([`Processes`]):
+            Processes of the run.
+        generate_nothing (`Callable`):
+            Takes part in a turn of the others.
+    """
+
+    def __init__(self, processes: Processes, generate_nothing: Callable[[], Any]) -> None:
+        self.processes = processes
+        self.generate_nothing = generate_nothing
+
+    def turn(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Generate a later turn, with all processes."""
+        if self.processes.highest(_GENERATES) == _FAILED:
+            raise RuntimeError("another process failed while it called tools")
+        return generate(*args, **kwargs)
+
+    @contextmanager
+    def until_all_are_done(self) -> Iterator[None]:
+        """Leave the block, in which turns are generated, when the last process does."""
+        try:
+            yield
+        except Exception:
+            self.processes.highest(_FAILED)
+            raise
+        while (state := self.processes.highest(_DONE)) == _GENERATES:
+            self.generate_nothing()
+        if state == _FAILED:
+            raise RuntimeError("another process failed while it called tools")
 
 
 def images_of_tools(messages: Sequence[Any]) -> list[Any]:
