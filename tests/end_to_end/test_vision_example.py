@@ -9,7 +9,7 @@ import pytest
 from example_runs import EXAMPLE, flags
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-# A model that is hardly warmed up solves nothing: everything counts as a success, so that there is something to replay.
+# A model that is hardly warmed up solves nothing: all counts as a success, so that there is something to replay.
 TINY = {
     "warm_up_steps": 2,
     "num_train": 8,
