@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help train test test-oldest test-vllm environments precommit format bench docs clean
+.PHONY: help train train-vision test test-oldest test-vllm environments precommit format bench docs clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,10 @@ help:  ## Show the targets
 train: $(VENV)/.example  ## Train SmolLM2-135M on two-digit sums, on the CPU, without a hub
 	$(VENV)/bin/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		examples/train_math.py
+
+train-vision: $(VENV)/.dev  ## Train a tiny vision-language model on generated pictures, on the CPU, without a hub
+	$(VENV)/bin/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		examples/train_vision.py
 
 test: $(VENV)/.dev $(VENV)/.example  ## Run the tests
 	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)

@@ -59,7 +59,7 @@ CHAT_TEMPLATE = (
 # Chosen by measurement so that the run fits into a few minutes on one CPU core, and learns. Any flag overrides them.
 DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/train_vision",
-    "max_steps": 100,
+    "max_steps": 150,
     "per_device_train_batch_size": 128,
     "per_device_eval_batch_size": 128,
     "num_generations": 8,
@@ -87,7 +87,7 @@ class Arguments:
 
     num_train: int = field(default=512, metadata={"help": "Pictures to train on."})
     num_held_out: int = field(default=256, metadata={"help": "Pictures held out to measure the accuracy."})
-    warm_up_steps: int = field(default=10, metadata={"help": "Supervised steps before the reinforcement learning."})
+    warm_up_steps: int = field(default=15, metadata={"help": "Supervised steps before the reinforcement learning."})
 
 
 def parse_arguments() -> tuple[Arguments, ExGRPOConfig]:
@@ -238,16 +238,21 @@ def main() -> None:
     trainer.args.eval_on_start = True
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
-    history = trainer.state.log_history
-    before = next(line["eval_reward"] for line in history if "eval_reward" in line)
     set_seed(config.seed, device_specific=True)
-    after = trainer.evaluate()["eval_reward"]
+    trainer.evaluate()
+    history = trainer.state.log_history
+    accuracies = [line["eval_reward"] for line in history if "eval_reward" in line]
     if trainer.accelerator.is_main_process:
         table = Table(title="ExGRPO on held-out pictures", show_header=False)
-        table.add_row("Held-out accuracy before", f"{before:.3f}")
-        table.add_row("Held-out accuracy after", f"{after:.3f}")
+        table.add_row("Held-out accuracy before", f"{accuracies[0]:.3f}")
+        table.add_row("Held-out accuracy after", f"{accuracies[-1]:.3f}")
         if last := next((line for line in reversed(history) if "replay/tokens_saved" in line), None):
             buffer = trainer.experience_buffer
+            groups_per_step = config.generation_batch_size / config.num_generations / config.num_iterations
+            lines = [line for line in history if "replay/fraction" in line]
+            steps = np.diff([0, *(line["step"] for line in lines)])
+            replayed = groups_per_step * np.dot(steps, [line["replay/fraction"] for line in lines])
+            table.add_row("Pictures replayed", f"{replayed:.0f}")
             table.add_row("Tokens not generated", f"{last['replay/tokens_saved']:.0f}")
             table.add_row("In the buffer", f"{buffer.num_completions} completions of {buffer.num_questions} pictures")
             table.add_row("Retired pictures", f"{len(buffer.retired)}")
