@@ -55,8 +55,9 @@ def encode_example(example: Mapping[str, Any]) -> str:
         example (`Mapping[str, Any]`):
             Row of `str`, `int`, `float` (NaN and infinities too), `complex`, `bool`, `None`, `bytes`, `Decimal`,
             `datetime`, `date`, `time`, `timedelta`, `list`, `tuple`, `dict`, `set` and `frozenset` values, NumPy
-            scalars and arrays, dense torch tensors (which come back on the CPU, without gradient), and pandas'
-            `Timestamp`, `Timedelta`, `NaT` and `NA`; nested to any depth.
+            scalars and arrays, dense torch tensors (which come back on the CPU, without gradient), images
+            (which come back as [`StoredImage`]), and pandas' `Timestamp`, `Timedelta`, `NaT` and `NA`; nested to any
+            depth.
 
     Raises:
         TypeError: if a column holds any other type, subclasses of these included.

@@ -38,7 +38,8 @@ class Question:
         question_id (`str`):
             Identifier, one per prompt.
         example (`dict[str, Any]`):
-            The whole dataset row: `"prompt"` and every column that the reward functions need.
+            The whole dataset row: `"prompt"` and every column that the reward functions need. `"prompt"` is `None` in
+            rows without one. Images are of Pillow or, in a buffer, [`StoredImage`].
 
     Raises:
         TypeError: if the id is not a string or the example is not a dict.
