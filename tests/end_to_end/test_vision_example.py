@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import pytest
 from example_runs import EXAMPLE, flags
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
