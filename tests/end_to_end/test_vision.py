@@ -65,8 +65,10 @@ class VisionTrainer(ExGRPOTrainer):
         return super()._calculate_rewards(inputs, *args)
 
     def _generate_and_score_completions(self, inputs):
-        policy = copy.deepcopy(self.pristine).double()
-        policy.load_state_dict(self.model.state_dict())
+        policy = None
+        if self.accelerator.num_processes == 1:  # sharded parameters cannot be copied
+            policy = copy.deepcopy(self.pristine).double()
+            policy.load_state_dict(self.model.state_dict())
         output = super()._generate_and_score_completions(inputs)
         replays = {replay.row: replay for replay in self.replayer.batch.replays}
         self.batches.append({"policy": policy, "replays": replays, "rows": self.rows, "output": dict(output)})
