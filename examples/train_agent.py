@@ -16,6 +16,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,29 +36,14 @@ from trl import TrlParser
 from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer
 
 # ----------------------------------------------------------------------------------------------------
-# The environment: TRL calls `reset` with a row of the dataset, offers every other public method to the model as a tool,
-# and takes the reward from `get_reward`.
+# The environment: TRL calls `reset` with a row of the dataset, offers the other public methods to the model as tools, and
+# takes the reward from `get_reward`.
 # ----------------------------------------------------------------------------------------------------
 
 SIGNS = (
-    "ant",
-    "bee",
-    "cat",
-    "dog",
-    "elk",
-    "fox",
-    "gnu",
-    "hen",
-    "jay",
-    "koi",
-    "owl",
-    "pig",
-    "ram",
-    "sow",
-    "yak",
-    "zho",
-)
-DIRECTIONS = ("north", "east", "south", "west")
+    "ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "jay", "koi", "owl", "pig", "ram", "sow", "yak", "zho",
+)  # fmt: skip
+DIRECTIONS = ("north", "east", "south", "west", "up", "down")
 # Where the signs point to. The model is not told: it has to find out by trial and error.
 MEANING = dict(zip(SIGNS, np.random.default_rng(0).choice(DIRECTIONS, len(SIGNS)).tolist(), strict=True))
 LENGTHS = (2, 3, 4)  # of routes, in signs
@@ -81,7 +67,7 @@ class Maze:
         Go to the next junction.
 
         Args:
-            direction: north, east, south or west.
+            direction: north, east, south, west, up or down.
 
         Returns:
             What is there.
@@ -309,20 +295,6 @@ class Progress(TrainerCallback):
         print(" | ".join(shown), flush=True)
 
 
-def make_trainer(
-    model: Any, tokenizer: Any, config: Any, train: Dataset, held_out: Dataset, trainer_class: Any = ExGRPOTrainer
-) -> Any:
-    trainer = trainer_class(
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        environment_factory=Maze,
-    )
-    return trainer
-
-
 def success_rate(trainer: Any) -> float:
     """Share of the held-out mazes that the model gets out of, at the temperature of the training and with its seed."""
     set_seed(trainer.args.seed)
@@ -335,19 +307,26 @@ def main() -> None:
     train, held_out = mazes(arguments.num_train, arguments.num_held_out, config.seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, config.seed)
+    print(f"Imitating a poor player for {arguments.imitation_steps} steps ...", flush=True)
     start = time.perf_counter()
-    print(f"Imitating a clumsy player for {arguments.imitation_steps} steps ...", flush=True)
     imitate(model, tokenizer, train, strength=arguments.habit, steps=arguments.imitation_steps, seed=config.seed)
-    imitated = time.perf_counter()
+    seconds_of_imitation = time.perf_counter() - start
 
-    trainer = make_trainer(model, tokenizer, config, train, held_out)
+    trainer = ExGRPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        environment_factory=Maze,
+    )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress)
     before = success_rate(trainer)
-    begin, Maze.num_steps = time.perf_counter(), 0
-    trainer.train()
-    seconds, num_steps = time.perf_counter() - begin, Maze.num_steps
+    start, Maze.num_steps = time.perf_counter(), 0
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    seconds, num_steps = time.perf_counter() - start, Maze.num_steps
     trainer.save_model()
     after = success_rate(trainer)
 
@@ -355,10 +334,21 @@ def main() -> None:
     table.add_row("Held-out success before", f"{before:.3f}")
     table.add_row("Held-out success after", f"{after:.3f}")
     table.add_row("Environment steps in training", f"{num_steps}")
-    table.add_row("Seconds of imitation", f"{imitated - start:.0f}")
-    table.add_row("Seconds of training", f"{seconds:.0f}")
+    table.add_row("Seconds of imitation, of training", f"{seconds_of_imitation:.0f}, {seconds:.0f}")
+    lines = [line for line in trainer.state.log_history if "replay/fraction" in line]
+    if lines:
+        buffer = trainer.experience_buffer
+        groups_per_step = config.generation_batch_size / config.num_generations / config.num_iterations
+        steps = np.diff([0, *(line["step"] for line in lines)])
+        replayed = groups_per_step * np.dot(steps, [line["replay/fraction"] for line in lines])
+        table.add_row("Games replayed", f"{replayed:.0f}")
+        table.add_row("In the buffer", f"{buffer.num_completions} games in {buffer.num_questions} mazes")
+        table.add_row("Retired mazes", f"{len(buffer.retired)}")
     table.add_row("Model", config.output_dir)
     Console().print(table)
+    checkpoint = Path(config.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if (checkpoint / "experience_buffer").exists():
+        print(f"Look at the buffer: exgrpo-trl show {checkpoint}")
 
 
 if __name__ == "__main__":
