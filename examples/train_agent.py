@@ -36,8 +36,8 @@ from trl import TrlParser
 from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer
 
 # ----------------------------------------------------------------------------------------------------
-# The environment: TRL calls `reset` with a row of the dataset, offers the other public methods to the model as tools, and
-# takes the reward from `get_reward`.
+# The environment: TRL calls `reset` with a row of the dataset, offers its other public methods as tools, and takes
+# the reward from `get_reward`.
 # ----------------------------------------------------------------------------------------------------
 
 SIGNS = (
@@ -239,7 +239,7 @@ def imitate(model: Any, tokenizer: Any, rows: Dataset, *, strength: float, steps
 # Chosen by measurement so that the run fits into ten minutes on one core, and learns. Any flag overrides them.
 DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/train_agent",
-    "max_steps": 300,
+    "max_steps": 200,
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 200,
     "num_generations": 8,
@@ -250,6 +250,7 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "loss_type": "dr_grpo",
     "scale_rewards": "none",
+    "question_id_column": "route",
     "replay_start_pass_rate": None,
     "replay_weighting": "balanced",
     "use_cpu": True,
@@ -267,7 +268,7 @@ class Arguments:
     num_train: int = field(default=1000, metadata={"help": "Mazes to train on."})
     num_held_out: int = field(default=200, metadata={"help": "Mazes held out to measure the success rate."})
     imitation_steps: int = field(default=300, metadata={"help": "Steps of imitation before the training."})
-    habit: float = field(default=0.4, metadata={"help": "How often the player that is imitated follows its habits."})
+    habit: float = field(default=0.7, metadata={"help": "How often the player that is imitated follows its habits."})
 
 
 def parse_arguments() -> tuple[Arguments, ExGRPOConfig]:

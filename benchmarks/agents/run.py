@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ def train(run: Run) -> dict[str, Any]:
     is_grpo, curve = run.method == "grpo", Curve()
     model = LlamaForCausalLM.from_pretrained(imitation_folder(run.seed))
     train_mazes, held_out = mazes(NUM_TRAIN, NUM_HELD_OUT, run.seed)
-    options = {name: value for name, value in DEFAULTS.items() if not (is_grpo and name.startswith("replay_"))}
+    known = {field.name for field in fields(GRPOConfig if is_grpo else ExGRPOConfig)}
+    options = {name: value for name, value in DEFAULTS.items() if name in known}
     with tempfile.TemporaryDirectory() as output_dir:
         options |= METHODS[run.method] | {
             "output_dir": output_dir,

@@ -1,5 +1,6 @@
 """Numbers of the agents benchmark, from its runs: table and targets."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ COLUMNS = [
 
 def until(curve: list[dict[str, Any]], success: float, axis: str) -> float | None:
     """Where a curve first reaches a success, between its points; `None` if it does not."""
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in itertools.pairwise(curve):
         if after["success"] >= success:
             share = (success - before["success"]) / (after["success"] - before["success"])
             return float(before[axis] + max(share, 0.0) * (after[axis] - before[axis]))
@@ -56,7 +57,8 @@ def table_rows(summary: dict[str, dict[str, Any]]) -> list[list[str]]:
         ]
         rows.append(
             [
-                method, str(len(numbers["seeds"])), with_spread(numbers["before"], 3), with_spread(numbers["success"], 3),
+                method, str(len(numbers["seeds"])),
+                with_spread(numbers["before"], 3), with_spread(numbers["success"], 3),
                 " ".join(f"{value:.2f}" for value in sorted(numbers["success"])),
                 with_spread(np.array(numbers["environment_steps"]) / 1000, 1), with_spread(numbers["seconds"], 0),
                 str(len(prices[0])), *(with_spread(price, 0) if price else "-" for price in prices),

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
     reason="the example parses tool calls as transformers 5.13 does",
 )
 
-# Eight mazes are those of every step. Such a model seldom gets out of them: count everything as a success, so that there
-# is something to replay from the second step on.
+# Every step has the same eight mazes. Such a model seldom gets out of them: count everything as a success, so that
+# there is something to replay in the third step.
 TINY = {
     "max_steps": 3,
     "imitation_steps": 30,
