@@ -59,7 +59,11 @@ def padded(token_ids, width=4):
     return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in token_ids])
 
 
-def id_of(row):
+def as_output(completion_ids):
+    return {"completion_ids": completion_ids, "completion_mask": torch.ones_like(completion_ids)}
+
+
+def id_of(row, group):
     return row["prompt"]
 
 
@@ -197,19 +201,19 @@ def test_what_all_processes_know_is_united():
 def test_what_came_back_is_compared_token_for_token():
     first, _ = two_processes()  # a stored completion of tokens 1 and 2 at position 1
     first.token_ids = [[10, 11], [1, 2], [12], [13], [14, 15], [16]]
-    first.check_tokens(padded(first.token_ids))
-    first.check_tokens(padded(first.token_ids, width=9))
+    first.check_tokens(as_output(padded(first.token_ids)))
+    first.check_tokens(as_output(padded(first.token_ids, width=9)))
     for position, message in ((1, "row 1 holds other tokens than those"), (4, "row 4 holds other tokens than those")):
         changed = padded(first.token_ids)
         changed[position, 1] += 1
         with pytest.raises(ValueError, match=message):
-            first.check_tokens(changed)
+            first.check_tokens(as_output(changed))
     with pytest.raises(ValueError, match="5 rows came back and 6 were rewarded, of 6"):
-        first.check_tokens(padded(first.token_ids)[:5])
+        first.check_tokens(as_output(padded(first.token_ids)[:5]))
     for other in ([1, 2, 3], [1], [2, 1]):
         first.token_ids[1] = other
         with pytest.raises(ValueError, match="row 1 holds other tokens than the stored completion"):
-            first.check_tokens(padded(first.token_ids))
+            first.check_tokens(as_output(padded(first.token_ids)))
 
 
 def test_checksums_tell_tokens_apart_and_not_padding():

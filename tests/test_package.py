@@ -42,7 +42,8 @@ def test_public_names() -> None:
     assert set(exgrpo_trl.__all__) == {
         "Admission", "AdmissionRule", "Candidate", "CompletionSelector", "EvictionRule", "ExGRPOConfig",
         "ExGRPOTrainer", "Experience", "ExperienceBuffer", "ExperienceBufferError", "ImportanceWeight", "Question",
-        "QuestionSampler", "ReplayWeighting", "Strategy", "__version__", "question_id_of",
+        "QuestionSampler", "ReplayWeighting", "RolloutDetails", "StoredImage", "Strategy", "__version__",
+        "question_id_of",
     }  # fmt: skip
     for name in exgrpo_trl.__all__:
         assert getattr(exgrpo_trl, name) is not None
@@ -63,9 +64,9 @@ def test_py_typed_is_shipped() -> None:
 
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
-    "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer", "cli", "plan", "batch", "processes",
-    "scoring", "rollouts", "success", "metrics", "config", "coverage", "questions", "dataset", "checkpoints",
-    "selection", "notices", "compatibility", "replayer", "trainer",
+    "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer", "cli",
+    "plan", "batch", "processes", "scoring", "rollouts", "prompts", "rewards", "success", "metrics", "config",
+    "coverage", "questions", "dataset", "checkpoints", "selection", "notices", "compatibility", "replayer", "trainer",
 ]  # fmt: skip
 
 

@@ -10,12 +10,12 @@ from exgrpo_trl.records import prompt_hash
 from exgrpo_trl.strategies.samplers import RandomSampler
 
 
-def tokenize(prompts):
-    return [[ord(letter) for letter in prompt] for prompt in prompts]
+def tokenize(rows):
+    return [[ord(letter) for letter in row["prompt"]] for row in rows]
 
 
 def completion(token, prompt=None):
-    known = {} if prompt is None else {"prompt_hash": prompt_hash(tokenize([prompt])[0])}
+    known = {} if prompt is None else {"prompt_hash": prompt_hash(tokenize([{"prompt": prompt}])[0])}
     return Experience.create([token], [-1.0], policy_version=0, reward=1.0, **known)
 
 

@@ -11,6 +11,7 @@ from rules import LeastReplayed
 from exgrpo_trl import ExGRPOConfig, Experience, ExperienceBuffer, Question, question_id_of
 from exgrpo_trl.dataset import DroppedQuestions
 from exgrpo_trl.processes import Processes
+from exgrpo_trl.prompts import Prompts
 from exgrpo_trl.questions import TrainingQuestions
 from exgrpo_trl.replayer import Replayer
 from exgrpo_trl.strategies import Strategies
@@ -33,7 +34,11 @@ def filled_buffer(num_questions=4, completions=2):
     return buffer
 
 
-def id_of(row):
+def tokenize_prompts(prompts):
+    return [[int(prompt[1:], 36), 99] for prompt in prompts], None, {}
+
+
+def id_of(row, group):
     return row["prompt"]
 
 
@@ -53,8 +58,8 @@ def make_replayer(buffer=None, score=None, rows=(), **options):
         DroppedQuestions(questions, min_rows=1),
         questions,
         SuccessRule(["right"], [1.0], 1.0, None),
-        tokenize=lambda prompts: [[int(prompt[1:], 36), 99] for prompt in prompts],
-        score=score or (lambda prompted: [(float(ids[1]), -float(ids[1])) for _, ids in prompted]),
+        prompts=Prompts(SimpleNamespace(_tokenize_prompts=tokenize_prompts)),
+        score=score or (lambda prompted: [(float(ids[1]), -float(ids[1])) for _, ids, *_ in prompted]),
     )
 
 
@@ -66,7 +71,7 @@ def step(replayer, rewards, global_step=0, names="abcd", is_trained=True):
     token_ids = [[100 + row, 200 + global_step] for row in range(K * NUM_GROUPS)]
     batch.take_rewards(torch.tensor(rewards, dtype=torch.float32).reshape(-1, 1), token_ids)
     completion_ids, mask = torch.tensor(token_ids), torch.ones(K * NUM_GROUPS, 2)
-    prompt_ids = torch.tensor(replayer.tokenize([row["prompt"] for row in placed]))
+    prompt_ids = torch.tensor(replayer.prompts.token_ids(placed))
     replayer.observe(batch, {"completion_mask": mask, "prompt_ids": prompt_ids, "prompt_mask": mask})
     if is_trained:
         ((trained, positions, rows),) = replayer.trained_rows(
@@ -85,8 +90,8 @@ def test_half_of_the_questions_and_the_completion_of_lowest_entropy():
     scored = []
 
     def score(prompted):
-        scored.extend((list(prompt), ids.tolist()) for prompt, ids in prompted)
-        return [(float(ids[1]), 0.0) for _, ids in prompted]
+        scored.extend((list(prompt), ids.tolist()) for prompt, ids, *_ in prompted)
+        return [(float(ids[1]), 0.0) for _, ids, *_ in prompted]
 
     replayer = make_replayer(score=score)
     batch = replayer.next_batch(ROWS, 7)
@@ -284,7 +289,7 @@ def test_a_completion_whose_prompt_renders_to_other_tokens_is_not_replayed():
         resumed = make_replayer(buffer)
         resumed.begin_training()
         assert len(resumed.next_batch(ROWS, 1).replays) == expected
-        resumed.tokenize = lambda prompts: [[int(prompt[1:], 36), 99, 7] for prompt in prompts]
+        resumed.prompts.token_ids = lambda rows: [[int(row["prompt"][1:], 36), 99, 7] for row in rows]
         resumed.begin_training()
         # Completions that do not know their prompt (of an earlier version) are judged by the chat template.
         assert len(resumed.next_batch(ROWS, 1).replays) == (0 if buffer is replayer.buffer else 2)

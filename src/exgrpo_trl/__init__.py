@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from .buffer import ExperienceBuffer
     from .config import ExGRPOConfig
     from .examples import question_id_of
+    from .images import StoredImage
     from .records import Candidate, Experience, ExperienceBufferError, Question
+    from .rollout_details import RolloutDetails
     from .strategies import (
         Admission,
         AdmissionRule,
@@ -38,6 +40,8 @@ _MODULE_OF = {
     "Question": "records",
     "QuestionSampler": "strategies",
     "ReplayWeighting": "strategies",
+    "RolloutDetails": "rollout_details",
+    "StoredImage": "images",
     "Strategy": "strategies",
     "question_id_of": "examples",
 }
@@ -57,6 +61,8 @@ __all__ = [
     "Question",
     "QuestionSampler",
     "ReplayWeighting",
+    "RolloutDetails",
+    "StoredImage",
     "Strategy",
     "__version__",
     "question_id_of",

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from accelerate.utils import find_device, send_to_device
 
-from .examples import question_of_row, stored_row
+from .examples import packed, placed_row, question_of_row
+from .images import opened
 from .plan import Plan
 from .records import Experience, Question, Replay, prompt_hash
+from .rollout_details import RolloutDetails
 from .strategies.admission import Admission
 
 # What travels with the rows of a batch to their loss, and not to TRL's.
@@ -29,6 +31,34 @@ class Share:
     questions: dict[int, Question]
     experiences: dict[int, Experience]
     generated: tuple[str, ...] = ()  # ids of all fresh groups
+
+
+@dataclass(eq=False, slots=True)
+class FreshRollouts:
+    """
+    What the fresh rows of this process have beyond tokens, by position; only what this run makes use of.
+
+    Attributes:
+        masks (`np.ndarray` or `None`):
+            Which tokens the model wrote, shape `(num_rows, T)`; `None` where it wrote all.
+        messages (`list` or `None`):
+            Completion messages of each row.
+        prompts (`dict[int, Any]` or `None`):
+            Prompts as environments showed them, position by position; `None` without environments.
+        prompt_ids (`list` or `None`):
+            Prompt token ids of each row that a rollout function returned.
+        fields (`dict[int, dict]`):
+            What a rollout function returned of its own.
+        reward_names (`list[str]` or `None`):
+            Names of the reward functions, where a stored completion keeps the reward of each.
+    """
+
+    masks: np.ndarray | None = None
+    messages: list[Any] | None = None
+    prompts: dict[int, Any] | None = None
+    prompt_ids: Sequence[Sequence[int]] | None = None
+    fields: dict[int, dict[str, Any]] = field(default_factory=dict)
+    reward_names: list[str] | None = None
 
 
 @dataclass(eq=False)
@@ -84,8 +114,12 @@ class Batch:
             generated for one that is trained.
         is_collected (`bool`):
             Whether the successes are in the buffer: nothing more is recorded. The batch may still be trained.
+        is_first_turn (`bool`):
+            Whether nothing of the batch has been generated yet: only then are stored rows left out.
         forwards (`list[tuple[torch.Tensor, torch.Tensor]]`):
             Log-probabilities and entropies of each forward of the policy meanwhile.
+        fresh ([`FreshRollouts`]):
+            What rollouts have beyond tokens.
     """
 
     plan: Plan
@@ -107,6 +141,8 @@ class Batch:
     is_admitted: bool = False
     is_trained: bool = False
     is_collected: bool = False
+    is_first_turn: bool = True
+    fresh: FreshRollouts = field(default_factory=FreshRollouts)
     forwards: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _storable: frozenset[int] = frozenset()
     _prompts: tuple[torch.Tensor, torch.Tensor] = field(init=False)
@@ -152,13 +188,18 @@ class Batch:
         """Share of the generated rollouts that are successes."""
         return float(self.is_correct[self.is_fresh].mean())
 
+    @property
+    def shows_own_prompts(self) -> bool:
+        """Whether prompts may differ within a group: an environment shows them, or a rollout function makes them."""
+        return self.fresh.prompts is not None or self.fresh.prompt_ids is not None
+
     def group_of(self, replay: Replay) -> int:
         """Group of a replay."""
         return replay.row // self.group_size
 
     # What happens to it, in this order
 
-    def place(self, inputs: Sequence[Mapping[str, Any]], id_of: Callable[[Mapping[str, Any]], str]) -> list[Any]:
+    def place(self, inputs: Sequence[Mapping[str, Any]], id_of: Callable[[Mapping[str, Any], int], str]) -> list[Any]:
         """
         Put the stored rows of replayed questions into the rows of their groups, and keep the questions of the others.
 
@@ -166,26 +207,29 @@ class Batch:
             inputs (`Sequence[Mapping[str, Any]]`):
                 Dataset rows of this process.
             id_of (`Callable`):
-                Gives the id of the question of a row.
+                Gives the id of the question of a row and its group.
         """
         placed: list[Any] = []
+        examples: dict[int, dict[str, Any]] = {}
         for position, row in enumerate(inputs):
             group, slot = divmod(self.first_row + position, self.group_size)
             if group in self.replayed_questions:
-                stored = stored_row(self.replayed_questions[group], row)
+                if group not in examples:  # to decode its images once
+                    examples[group] = opened(self.replayed_questions[group].example)
+                stored = placed_row(examples[group], row, self.stored.get(position))
                 # Questions are kept on the CPU; the data loader brings tensors of fresh rows to the device.
                 device = find_device(row)
                 placed.append(stored if device is None else send_to_device(stored, device))
                 continue
             if slot == 0:
-                self.questions[group] = question_of_row(row, id_of(row))
+                self.questions[group] = question_of_row(row, id_of(row, group))
             placed.append(row)
         return placed
 
     @contextmanager
     def generating(self) -> Iterator[None]:
         """While the batch is generated and scored: forwards of the policy are kept until the end of the block."""
-        self.is_generating = True
+        self.is_generating = self.is_first_turn = True
         try:
             yield
         finally:
@@ -226,12 +270,15 @@ class Batch:
                 What may enter the buffer.
             output (`Mapping[str, torch.Tensor]`):
                 Rows of this process as TRL made them: `completion_mask` of shape `(num_rows, T)`, where truncated
-                completions may have no token, `prompt_ids` and `prompt_mask` of shape `(num_rows, P)`.
+                completions may have no token, `prompt_ids` and `prompt_mask` of shape `(num_rows, P)`; `tool_mask` of
+                the shape of `completion_mask` where others than the model wrote tokens.
         """
         self.rewards, self.is_correct = rewards, is_correct
         self.admission, self.is_admitted = admission, True
         is_storable = (admission.is_worth_storing & np.isfinite(self.rewards)).flat
-        has_loss = output["completion_mask"].any(-1).tolist()
+        has_loss = loss_mask(output).any(-1).tolist()
+        if "tool_mask" in output:
+            self.fresh.masks = output["tool_mask"].bool().cpu().numpy()
         self._prompts = output["prompt_ids"], output["prompt_mask"]
         self._storable = frozenset(
             self.first_row + position
@@ -240,18 +287,21 @@ class Batch:
             if position not in self.stored and position not in self.without_logps
         )
 
-    def check_tokens(self, completion_ids: torch.Tensor) -> None:
+    def check_tokens(self, output: Mapping[str, torch.Tensor]) -> None:
         """
         Compare what came back with what was put in, token for token, before anything of it is trained or recorded.
 
         Args:
-            completion_ids (`torch.Tensor`):
-                Completion ids with padding, shape `(num_rows, T)`.
+            output (`Mapping[str, torch.Tensor]`):
+                Rows of this process as TRL made them: `completion_ids` and, where others than the model wrote tokens,
+                `tool_mask`, both of shape `(num_rows, T)`.
 
         Raises:
             `ValueError`:
-                When a stored row holds other tokens than the stored completion, or a row others than were rewarded.
+                When a stored row holds other tokens than the stored completion, or a row others than were rewarded;
+                when a stored row does not know any more which tokens the model wrote.
         """
+        completion_ids = output["completion_ids"]
         if len(completion_ids) != self.num_rows or len(self.token_ids) != self.num_rows:
             raise ValueError(
                 f"{len(completion_ids)} rows came back and {len(self.token_ids)} were rewarded, of {self.num_rows}"
@@ -263,6 +313,18 @@ class Batch:
                 raise ValueError(f"row {row} holds other tokens than the stored completion that was put there")
             if not np.array_equal(padded[position, : len(ids)], ids):
                 raise ValueError(f"row {row} holds other tokens than those that were rewarded")
+        self._check_stored_masks(output)
+
+    def _check_stored_masks(self, output: Mapping[str, torch.Tensor]) -> None:
+        # TRL's own replay lost them, and trained on what tools had said (TRL #6439).
+        mask = loss_mask(output).bool().cpu().numpy()
+        for position, experience in self.stored.items():
+            of_row = mask[position, : experience.num_tokens]
+            if of_row.any() and not np.array_equal(of_row, experience.is_model):  # none: truncated, and not trained
+                raise ValueError(
+                    f"row {self.first_row + position} trains on other tokens than those that the model wrote of the "
+                    "stored completion"
+                )
 
     def columns(self, completion_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -325,25 +387,61 @@ class Batch:
         ids = [self.token_ids[rows[i] - self.first_row] for i in wanted]
         lengths = torch.tensor([len(of_row) for of_row in ids], device=logps.device)
         is_own = torch.arange(logps.size(1), device=logps.device) < lengths.unsqueeze(1)
-        means = torch.where(is_own, entropies[wanted].detach().float(), 0.0).sum(-1) / lengths
+        if self.fresh.masks is not None:
+            masks = self.fresh.masks[[rows[i] - self.first_row for i in wanted]]
+            is_own &= torch.from_numpy(masks).to(logps.device)
+        means = torch.where(is_own, entropies[wanted].detach().float(), 0.0).sum(-1) / is_own.sum(-1)
         # All of them at once: every transfer waits for the device.
         recorded = zip(wanted, ids, logps[wanted].detach().float().cpu().numpy(), means.tolist(), strict=True)
         for i, of_row, row_logps, entropy in recorded:
+            position = rows[i] - self.first_row
+            details = self._details(position)
+            own_logps = row_logps[: len(of_row)]
+            if details is not None and details.run_bytes:  # of tokens that the model never weighed, anything may come
+                own_logps = np.where(self.fresh.masks[position, : len(of_row)], own_logps, 0.0)  # type: ignore[index]
             self.experiences[rows[i]] = Experience.create(
                 of_row,
-                row_logps[: len(of_row)],
+                own_logps,
                 policy_version=self.policy_version,
                 reward=float(self.rewards.flat[rows[i]]),
                 entropy=entropy,
-                prompt_hash=self._prompt_hash(rows[i] - self.first_row),
+                prompt_hash=self._prompt_hash(position),
+                details=details,
             )
+
+    def _details(self, position: int) -> RolloutDetails | None:
+        """What the rollout at a position has beyond tokens."""
+        fresh = self.fresh
+        rewards = None
+        if fresh.reward_names is not None and self.rewards_per_func is not None:
+            rewards = dict(
+                zip(fresh.reward_names, self.rewards_per_func[self.first_row + position].tolist(), strict=True)
+            )
+        return RolloutDetails.create(
+            is_model=None if fresh.masks is None else fresh.masks[position, : len(self.token_ids[position])],
+            messages=None if fresh.messages is None else fresh.messages[position],
+            prompt=self._shown_prompt(position),
+            prompt_ids=None if fresh.prompt_ids is None else fresh.prompt_ids[position],
+            fields=fresh.fields.get(position),
+            rewards=rewards,
+        )
+
+    def _shown_prompt(self, position: int) -> Any:
+        """The prompt as an environment showed it, where it is not that of the question."""
+        if self.fresh.prompts is None:
+            return None
+        group = (self.first_row + position) // self.group_size
+        question = self.replayed_questions.get(group) or self.questions.get(group)
+        shown = self.fresh.prompts[position]
+        return None if question is not None and question.example["prompt"] == shown else shown
 
     def _prompt_hash(self, position: int) -> int:
         ids, mask = self._prompts
-        group = (self.first_row + position) // self.group_size
-        if group not in self._prompt_hashes:
-            self._prompt_hashes[group] = prompt_hash(ids[position][mask[position].bool()].cpu().numpy())
-        return self._prompt_hashes[group]
+        # Prompts of a group are the same, unless an environment or a function has made them.
+        key = position if self.shows_own_prompts else (self.first_row + position) // self.group_size
+        if key not in self._prompt_hashes:
+            self._prompt_hashes[key] = prompt_hash(ids[position][mask[position].bool()].cpu().numpy())
+        return self._prompt_hashes[key]
 
     # What comes of it
 
@@ -354,7 +452,10 @@ class Batch:
 
     def share(self) -> Share:
         """What this process knows that the buffer needs."""
-        questions = {group: question for group, question in self.questions.items() if self.concerns_buffer[group]}
+        # Images of the others are never encoded.
+        questions = {
+            group: packed(question) for group, question in self.questions.items() if self.concerns_buffer[group]
+        }
         return Share(questions, self.experiences, tuple(question.question_id for question in self.questions.values()))
 
     def unite(self, shares: Sequence[Share]) -> None:
@@ -372,6 +473,22 @@ class Batch:
         for group, question in sorted(self.questions.items(), key=lambda item: item[0]):
             rows = range(group * self.group_size, (group + 1) * self.group_size)
             yield group, question, [self.experiences[row] for row in rows if row in self.experiences]
+
+
+def loss_mask(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """
+    Which tokens are trained: those of the completion that the model wrote, not what tools or an environment said.
+
+    Args:
+        rows (`Mapping[str, torch.Tensor]`):
+            Rows as TRL made them: `completion_mask` and, where others wrote tokens, `tool_mask`, shape `(B, T)`.
+
+    Returns:
+        `torch.Tensor`:
+            Ones and zeros of shape `(B, T)`.
+    """
+    mask = rows["completion_mask"]
+    return mask * rows["tool_mask"] if "tool_mask" in rows else mask
 
 
 def checksum(completion_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import get_json_schema, logging
 
 from .buffer import ExperienceBuffer, RemoteBuffer, ReplayBuffer
 from .buffer.locations import TRAINER_STATE_FILE, checkpoints_of, is_complete
@@ -55,6 +55,33 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
     }
+
+
+def rollout_fingerprint(trainer: Any) -> dict[str, Any]:
+    """
+    What else stored rollouts depend on: tools, how prompts and images are prepared, and who gave the rewards.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer. What it makes no use of is not part of the result.
+    """
+    described: dict[str, Any] = {}
+    if trainer.tools:
+        schemas = [get_json_schema(tool) for tool in trainer.tools]
+        described["tools"] = _digest(schemas)
+        described["reward_functions"] = list(trainer.reward_func_names)
+    if trainer.tools and trainer.chat_template is not None:  # TRL's own, which keeps prefixes
+        described["training_chat_template"] = _digest(trainer.chat_template)
+    if trainer.chat_template_kwargs:
+        described["chat_template_kwargs"] = _digest(trainer.chat_template_kwargs)
+    image_processor = getattr(trainer.processing_class, "image_processor", None)
+    if image_processor is not None:
+        described["image_processor"] = _digest(image_processor.to_dict())
+    return described
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def resolve_buffer(buffer: ReplayBuffer | Location | None, args: ExGRPOConfig) -> ReplayBuffer | RemoteBuffer:
@@ -145,6 +172,13 @@ def check_buffer(
                 "tokens would mean something else to this model. Use the one it was collected with, or start with an "
                 "empty buffer."
             )
+    images = buffer.provenance.get("image_processor")
+    if images is not None and images != provenance.get("image_processor", images):
+        raise ExperienceBufferError(
+            f"The experience buffer {source} was collected with other settings of the image processor: its stored "
+            "log-probabilities belong to other pixels. Use the settings it was collected with, or start with an empty "
+            "buffer."
+        )
     temperature = buffer.provenance.get("temperature", provenance["temperature"])
     if temperature != provenance["temperature"]:
         logger.warning(
@@ -170,4 +204,40 @@ def check_buffer(
                 f"The experience buffer {source} holds token id {experience.token_ids.max()} for question "
                 f"{question.question_id!r}, but the model knows only {vocab_size} tokens. Use the model family that "
                 "the buffer was collected with."
+            )
+
+
+def check_rollouts(buffer: ReplayBuffer, *, knows_turns: bool, reward_names: Sequence[str], source: str) -> None:
+    """
+    Check that stored rollouts of several turns can be replayed by this trainer. Walks the buffer once.
+
+    Args:
+        buffer ([`ReplayBuffer`]):
+            The buffer.
+        knows_turns (`bool`):
+            Whether the trainer tells what the model wrote from what others did.
+        reward_names (`Sequence[str]`):
+            Reward functions whose rewards stored completions keep.
+        source (`str`):
+            Where the buffer comes from, for messages.
+
+    Raises:
+        ExperienceBufferError: if one cannot.
+    """
+    for question, _, experience in buffer.items():
+        details = experience.details
+        if details is not None and details.run_bytes and not knows_turns:
+            raise ExperienceBufferError(
+                f"The experience buffer {source} holds a rollout for question {question.question_id!r} in which tools "
+                "or an environment wrote tokens, but this trainer has neither tools, nor environments, nor a "
+                "rollout_func: it would train on them. Pass what it was collected with, or start with an empty buffer."
+            )
+        rewards = (details.rewards if details is not None else None) or {}
+        missing = [name for name in reward_names if name not in rewards]
+        if missing:
+            raise ExperienceBufferError(
+                f"The experience buffer {source} holds a completion for question {question.question_id!r} without a "
+                f"reward of {', '.join(missing)} (it has {sorted(rewards)}), but stored completions keep the rewards "
+                "that they had. Train with the reward functions that it was collected with, or set "
+                "replay_rewards='recomputed'."
             )

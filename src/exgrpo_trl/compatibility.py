@@ -10,7 +10,6 @@ import trl
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
-from transformers import ProcessorMixin
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -23,6 +22,7 @@ logger = logging.get_logger(__name__)
 _HOOKS = {
     "_generate_and_score_completions": ("inputs",),
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
+    "_tool_call_loop": ("prompts", "completion_ids", "completions", "logprobs"),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep"),
     "_tokenize_prompts": ("prompts",),
@@ -83,6 +83,17 @@ def wrapped(trainer: Any, name: str, around: Callable[..., Any]) -> Iterator[Non
             setattr(trainer, name, own)
 
 
+@contextmanager
+def wrapped_value(trainer: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the block, an attribute has another value."""
+    before = getattr(trainer, name)
+    setattr(trainer, name, value)
+    try:
+        yield
+    finally:
+        setattr(trainer, name, before)
+
+
 def overridden(trainer: Any, names: Iterable[str]) -> str:
     """The first of these methods that a subclass of ours overrides, to be named in a message; else TRL."""
     for owner in type(trainer).__mro__:
@@ -112,14 +123,7 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
     """Refuse what replay does not support, before a model is loaded."""
     check_hooks()
     way_out = "Remove it, or set replay_fraction=0 to train with plain GRPO."
-    unsupported = {
-        "tools": "a stored completion would repeat real tool calls",
-        "environment_factory": "a stored completion would act in a real environment",
-        "rollout_func": "it generates on its own, so that no stored completion can be put into its rollouts",
-    }
-    for name, reason in unsupported.items():
-        if arguments.get(name):
-            raise NotImplementedError(f"Replay does not support {name}: {reason}. {way_out}")
+    _check_agents(arguments, args)
     unsuitable = sorted({"n", "best_of", "seed"} & set(args.generation_kwargs or ())) if args.use_vllm else []
     if unsuitable:
         raise ValueError(
@@ -161,15 +165,25 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
             f"less than one question: nothing will be replayed. {_larger_batch(args)} replays one "
             f"(generation_batch_size={args.generation_batch_size}, num_generations={args.num_generations})."
         )
-    _check_columns(arguments.get("train_dataset"))
 
 
-def check_processing_class(processing_class: Any) -> None:
-    """Refuse vision-language processors, once TRL has resolved them."""
-    if isinstance(processing_class, ProcessorMixin):
+def _check_agents(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
+    """Refuse tools, environments and images where the installed TRL itself does not handle them."""
+    of_agents = [name for name in ("tools", "environment_factory") if arguments.get(name)]
+    if not of_agents:
+        return
+    has_own_turns = "num_generations" in inspect.signature(GRPOTrainer._generate_single_turn).parameters
+    if args.use_vllm and args.vllm_mode == "server" and not has_own_turns:
         raise NotImplementedError(
-            f"Replay does not support vision-language models ({type(processing_class).__name__}): images are not "
-            "stored. Train a text model, or set replay_fraction=0."
+            f"trl {trl.__version__} asks a vLLM server for the later turns of {of_agents[0]} as if rows "
+            "shared their history, so that rows get the turns of others, in plain GRPO too. Upgrade "
+            "TRL to 1.14 or later, or set vllm_mode='colocate'."
+        )
+    if args.use_vllm and args.world_size > 1 and (args.vllm_mode == "server" or args.vllm_tensor_parallel_size > 1):
+        raise NotImplementedError(
+            f"TRL generates for all processes together on a vLLM server and with tensor parallelism, but with "
+            f"{of_agents[0]} the number of turns and rows differs by process. Use one process, or "
+            "vllm_mode='colocate' with vllm_tensor_parallel_size=1."
         )
 
 
@@ -216,13 +230,3 @@ def _larger_batch(args: ExGRPOConfig) -> str:
     if args.steps_per_generation != args.gradient_accumulation_steps:
         name = "steps_per_generation"
     return f"{name}={steps} ({steps * rows // args.num_generations} questions)"
-
-
-def _check_columns(dataset: Any) -> None:
-    columns = getattr(dataset, "column_names", None) or []
-    images = [column for column in columns if column in ("image", "images")]
-    if images:
-        raise NotImplementedError(
-            f"Replay does not support the image columns {images} of the training dataset: images are not stored. "
-            "Remove them, or set replay_fraction=0."
-        )

@@ -16,6 +16,8 @@ from .strategies import (
     Strategies,
 )
 
+REPLAY_REWARDS = ("stored", "recomputed")
+
 
 @dataclass
 class ExGRPOConfig(GRPOConfig):
@@ -82,6 +84,16 @@ class ExGRPOConfig(GRPOConfig):
         replay_weighting_kwargs (`dict` or `str`, *optional*):
             Parameters of the weighting, a dict or its JSON: `epsilon_low` and `epsilon_high` of `"clipped"`, which by
             default are those of the loss.
+
+        > Parameters that control rollouts of several turns
+
+        replay_rewards (`str` or `None`, *optional*, defaults to `None`):
+            Where the rewards of a stored completion come from: `"stored"` (those that it had) or `"recomputed"` (the
+            reward functions are asked again). `None` recomputes them where there is no environment: the state that an
+            environment had at the end of a rollout is gone when it is replayed.
+        rollout_fresh_only (`bool`, *optional*, defaults to `False`):
+            Whether `rollout_func` is asked for the rows alone that no stored completion takes. By default it is asked
+            for all rows, as functions written for whole groups need it, and stored completions are put in their place.
 
         > Parameters that control the buffer
 
@@ -186,6 +198,18 @@ class ExGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Parameters of the weighting, a dict or its JSON."},
     )
+    replay_rewards: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the rewards of a stored completion come from. None: recomputed where there is no "
+            "environment.",
+            "choices": list(REPLAY_REWARDS),
+        },
+    )
+    rollout_fresh_only: bool = field(
+        default=False,
+        metadata={"help": "Whether rollout_func is asked for the rows alone that no stored completion takes."},
+    )
     buffer_capacity: int | None = field(
         default=None, metadata={"help": "Most completions kept; the oldest are evicted. None keeps all."}
     )
@@ -234,6 +258,10 @@ class ExGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"num_generations={self.num_generations} leaves no group to compare a completion with. "
                 "Set it to at least 2."
+            )
+        if self.replay_rewards not in (None, *REPLAY_REWARDS):
+            raise ValueError(
+                f"replay_rewards={self.replay_rewards!r} is unknown. Choose {' or '.join(REPLAY_REWARDS)}, or None."
             )
         super().__post_init__()
         Strategies.choose(self)  # names and parameters are checked where they are used

@@ -16,12 +16,13 @@ from trl.trainer.utils import RepeatSampler
 from .config import ExGRPOConfig
 from .coverage import deal
 from .examples import encode_example, row_question_id
+from .images import referenced
 from .questions import TrainingQuestions
 
 logger = logging.get_logger(__name__)
 
 # Features whose values, once decoded, are open files or objects of other libraries.
-_MEDIA = ("Audio", "BioSequence", "BioStructure", "Image", "Mesh", "Nifti", "Pdf", "Video")
+_MEDIA = ("Audio", "BioSequence", "BioStructure", "Mesh", "Nifti", "Pdf", "Video")
 # Attributes of an `ActiveQuestionSampler` that are not those of the sampler that it stands for.
 _OWN = frozenset({"_sampler", "_begin_epoch", "_num_rows", "_rows_per_batch", "_seed"})
 
@@ -45,7 +46,7 @@ def check_dataset(dataset: Any, args: ExGRPOConfig) -> None:
         if len(dataset):
             # As the data loader gets it: where a formatter or a transform decides what a row is, no schema tells.
             row = dataset.__getitems__([0])[0]
-            encode_example(row)
+            encode_example(referenced(row))  # without the images, which it takes a moment to encode
             row_question_id(row, args.question_id_column)
     elif args.drop_retired_questions and args.retire_solved:
         logger.warning(
@@ -54,17 +55,29 @@ def check_dataset(dataset: Any, args: ExGRPOConfig) -> None:
         )
 
 
+def has_images(dataset: Any) -> bool:
+    """Whether rows of a map-style dataset hold images that are decoded when they are read."""
+    return isinstance(dataset, Dataset) and "Image(" in str(dataset.features)
+
+
+def undecodable_row(dataset: Dataset) -> tuple[int, Exception] | None:
+    """First row that cannot be read, and why; for a message, as it reads all rows before."""
+    for row in range(len(dataset)):
+        try:
+            dataset.__getitems__([row])
+        except Exception as error:
+            return row, error
+    return None
+
+
 def _check_features(dataset: Dataset) -> None:
     """Refuse columns whose type cannot be saved, whichever rows are null."""
     row_format = dataset.format
     if row_format["type"] == "custom":
         return
-    # Pixels, where the format is one of arrays.
-    storable = ("Image",) if row_format["type"] in ("numpy", "torch") else ()
     columns = dataset.column_names if row_format["output_all_columns"] else row_format["columns"]
     for column in columns:
-        is_formatted = column in row_format["columns"]
-        media = _media_in(dataset.features[column], storable if is_formatted else ())
+        media = _media_in(dataset.features[column])
         if media is not None:
             raise TypeError(
                 f"Column {column!r} of the training dataset holds {media}, which an experience buffer cannot save. "
@@ -73,7 +86,7 @@ def _check_features(dataset: Dataset) -> None:
             )
 
 
-def _media_in(feature: Any, storable: Collection[str]) -> str | None:
+def _media_in(feature: Any) -> str | None:
     """Name of a type in a column's feature, nested to any depth, whose values cannot be saved."""
     if isinstance(feature, Mapping):
         parts = list(feature.values())
@@ -81,10 +94,10 @@ def _media_in(feature: Any, storable: Collection[str]) -> str | None:
         parts = list(feature)
     else:
         name = type(feature).__name__
-        if name in _MEDIA and name not in storable and getattr(feature, "decode", True):
+        if name in _MEDIA and getattr(feature, "decode", True):
             return name
         parts = [feature.feature] if hasattr(feature, "feature") else []
-    return next((media for part in parts if (media := _media_in(part, storable)) is not None), None)
+    return next((media for part in parts if (media := _media_in(part)) is not None), None)
 
 
 class DroppedQuestions:

@@ -7,9 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .records import Question
+from .images import opened, referenced, stored
+from .records import Experience, Question
 from .values import copied, from_json, plain, to_json
 
+# Of rows whose environment owns the data.
+NO_PROMPT = ""
 # Made once: `json.dumps` makes an encoder for every prompt.
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
@@ -32,7 +35,7 @@ def question_id_of(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     Raises:
         TypeError: if the prompt is neither text nor a list of messages, or holds a value that JSON cannot carry.
     """
-    unformatted = plain(prompt)
+    unformatted = referenced(plain(prompt))
     if not isinstance(unformatted, str | list):
         raise TypeError(
             f"A prompt must be a string or a list of messages, got {type(prompt).__name__}. "
@@ -86,7 +89,7 @@ def decode_example(text: str) -> dict[str, Any]:
 def row_question_id(row: Mapping[str, Any], question_id_column: str | None, index: int | None = None) -> str:
     """Id of the question of a dataset row; the index of the row, if known, is for the message."""
     if question_id_column is None:
-        return question_id_of(row["prompt"])
+        return question_id_of(_own_prompt(row))
     value = plain(row.get(question_id_column))
     if value is None:
         where = f"the row with prompt {str(row.get('prompt'))[:80]!r}" if index is None else f"row {index}"
@@ -109,15 +112,18 @@ def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[s
                 "None to identify questions by their prompt."
             )
         # Without the format: to make arrays of all rows takes several times longer.
-        rows = dataset.with_format(None).select_columns(sorted({question_id_column or "prompt", "prompt"}))
+        wanted = {question_id_column or "prompt", "prompt"} & set(dataset.column_names)
+        if not wanted:
+            return [question_id_of(NO_PROMPT)] * len(dataset)
+        rows = dataset.with_format(None).select_columns(sorted(wanted))
     if question_id_column is None and rows is dataset:
-        return [question_id_of(row["prompt"]) for row in rows]
+        return [question_id_of(_own_prompt(row)) for row in rows]
     if question_id_column is None:
         return [question_id_of(prompt) for batch in rows.iter(batch_size=1000) for prompt in batch["prompt"]]
     question_ids = []
     first_prompts: dict[str, str] = {}
     for index, row in enumerate(rows):
-        question_id, prompt_hash = row_question_id(row, question_id_column, index), question_id_of(row["prompt"])
+        question_id, prompt_hash = row_question_id(row, question_id_column, index), question_id_of(_own_prompt(row))
         question_ids.append(question_id)
         if first_prompts.setdefault(question_id, prompt_hash) != prompt_hash:
             raise ValueError(
@@ -127,18 +133,34 @@ def dataset_question_ids(dataset: Any, question_id_column: str | None) -> list[s
     return question_ids
 
 
+def _own_prompt(row: Mapping[str, Any]) -> Any:
+    return NO_PROMPT if row.get("prompt") is None else row["prompt"]
+
+
 def canonical_rest(row: Mapping[str, Any]) -> str:
     """Text of a row without its prompt that is the same for equal rows, whatever their format and order of columns."""
-    return encode_example({column: plain(row[column]) for column in sorted(row) if column != "prompt"})
+    return encode_example({column: referenced(plain(row[column])) for column in sorted(row) if column != "prompt"})
 
 
-def stored_row(question: Question, like: Mapping[str, Any]) -> dict[str, Any]:
+def placed_row(
+    example: Mapping[str, Any], like: Mapping[str, Any], stored: Experience | None = None
+) -> dict[str, Any]:
     """
-    The row of a replayed question, in a copy that reward functions may write into.
+    A row of a replayed question, in a copy that reward functions may write into.
 
     It has the columns of the row whose place it takes; in a stream of ragged rows it may lack one, which is then None.
+
+    Args:
+        example (`Mapping[str, Any]`):
+            Row of the question, its images decoded.
+        like (`Mapping[str, Any]`):
+            Row whose place it takes.
+        stored ([`Experience`], *optional*):
+            Stored completion that it shows, with its prompt as the environment showed it.
     """
-    return {column: copied(question.example.get(column)) for column in like}
+    row = {column: copied(example.get(column)) for column in like}
+    prompt = None if stored is None or stored.details is None else stored.details.prompt
+    return row if prompt is None else row | {"prompt": opened(prompt)}
 
 
 def question_of_row(row: Mapping[str, Any], question_id: str) -> Question:
@@ -148,4 +170,15 @@ def question_of_row(row: Mapping[str, Any], question_id: str) -> Question:
     Raises:
         TypeError: if a column holds what cannot be stored.
     """
-    return Question(question_id, copied(dict(row)))
+    return Question(question_id, with_prompt(copied(dict(row))))
+
+
+def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with a prompt, None if it has none of its own: environments may own the data."""
+    return row if "prompt" in row else row | {"prompt": None}
+
+
+def packed(question: Question) -> Question:
+    """The question with its images encoded."""
+    example = stored(question.example)
+    return question if example is question.example else Question(question.question_id, example)

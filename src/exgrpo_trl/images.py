@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What PNG holds as it is; anything else goes into a TIFF file.
-_PNG_MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16")
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_PLAIN = (str, int, float, bool, type(None))
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False, repr=False)
@@ -39,7 +40,11 @@ class StoredImage:
         Raises:
             ValueError: if the image cannot be decoded or encoded without loss.
         """
-        digest = pixel_digest(image)
+        return cls.of_digest(image, pixel_digest(image))
+
+    @classmethod
+    def of_digest(cls, image: Image, digest: str) -> StoredImage:
+        """The same where the digest of the image is known."""
         content = io.BytesIO()
         # Level 1: a third of the time of the default, for a few percent more.
         options = {"format": "PNG", "compress_level": 1} if image.mode in _PNG_MODES else {"format": "TIFF"}
@@ -99,26 +104,52 @@ def pixel_digest(image: Image) -> str:
         ) from error
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
     if image.mode in ("P", "PA") and image.palette is not None:
-        digest.update(bytes(image.getpalette("RGBA") or ()))
+        digest.update(_palette_of(image))
     digest.update(pixels)
     return digest.hexdigest()
+
+
+def _palette_of(image: Image) -> bytes:
+    """256 colours with opacity, four bytes each; files keep the opacity beside the palette, and some fill it up."""
+    palette = bytearray(image.getpalette("RGBA") or ())
+    palette += b"\0\0\0\xff" * (256 - len(palette) // 4)
+    transparency = image.info.get("transparency")
+    if image.mode == "P" and isinstance(transparency, int):
+        palette[4 * transparency + 3 : 4 * transparency + 4] = b"\0"
+    elif image.mode == "P" and isinstance(transparency, bytes):
+        known = transparency[:256]
+        palette[3 : 4 * len(known) : 4] = known
+    return bytes(palette)
 
 
 def map_images(value: Any, change: Callable[[Any], Any]) -> Any:
     """The value with every image in it (of Pillow, stored, or a reference) changed; shares what holds none."""
     kind = type(value)
-    if kind is dict:
-        changed: Any = {key: map_images(item, change) for key, item in value.items()}
-        return changed if any(changed[key] is not item for key, item in value.items()) else value
-    if kind in (list, tuple):
-        changed = kind(map_images(item, change) for item in value)
-        return changed if any(new is not old for new, old in zip(changed, value, strict=True)) else value
+    if kind is dict or kind is list or kind is tuple:
+        changed: Any = None  # a copy, made for the first image: most rows hold none
+        for key, item in value.items() if kind is dict else enumerate(value):
+            if type(item) not in _PLAIN and (new := map_images(item, change)) is not item:
+                changed = (dict(value) if kind is dict else list(value)) if changed is None else changed
+                changed[key] = new
+        return value if changed is None else tuple(changed) if kind is tuple else changed
     return change(value) if kind in (StoredImage, ImageReference) or is_image(value) else value
 
 
-def stored(value: Any) -> Any:
-    """The value with its images of Pillow encoded."""
-    return map_images(value, lambda image: image if isinstance(image, StoredImage) else StoredImage.of(image))
+def stored(value: Any, known: MutableMapping[str, StoredImage] | None = None) -> Any:
+    """The value with its images of Pillow encoded, equal ones as one; they are looked up in `known` and put there."""
+    images = {} if known is None else known
+
+    def store(image: Any) -> Any:
+        if isinstance(image, ImageReference):
+            return image
+        if isinstance(image, StoredImage):
+            return images.setdefault(image.digest, image)
+        digest = pixel_digest(image)
+        # To encode an image takes far longer than to look for it.
+        found = images.get(digest)
+        return images.setdefault(digest, StoredImage.of_digest(image, digest)) if found is None else found
+
+    return map_images(value, store)
 
 
 def opened(value: Any) -> Any:
@@ -141,7 +172,7 @@ def referenced(value: Any, images: dict[str, StoredImage] | None = None) -> Any:
     return map_images(value, reference)
 
 
-def resolved(value: Any, images: dict[str, StoredImage]) -> Any:
+def resolved(value: Any, images: Mapping[str, StoredImage]) -> Any:
     """
     The value with stored images in the place of references to them.
 

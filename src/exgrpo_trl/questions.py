@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers.utils import logging
 
 from .buffer import ReplayBuffer
-from .examples import canonical_rest, dataset_question_ids, row_question_id
+from .examples import canonical_rest, dataset_question_ids, row_question_id, with_prompt
+from .images import stored
+from .prompts import Shown, has_images
 from .records import UNKNOWN_PROMPT, Experience, Question, prompt_hash
 from .strategies.samplers import QuestionPool, QuestionSampler
 
 logger = logging.get_logger(__name__)
 
-# Prompts that are rendered in one call.
+# Prompts that are rendered in one call, and rows that are read in one.
 _PROMPTS_AT_ONCE = 256
+_ROWS_AT_ONCE = 1000
+# The same where each may hold images of some megabytes.
+_IMAGES_AT_ONCE = 16
 
 
 class TrainingQuestions:
@@ -29,22 +34,30 @@ class TrainingQuestions:
     different questions. A row whose prompt is its own is identified by the prompt alone. Of a stream nothing is known
     beforehand, so its rows are identified by their prompt.
 
+    Where environments own the data, rows may be equal in everything and only hold a place: what they ask is
+    decided when an environment is reset. Such a row is a question of its own in each group of a batch, and none of
+    them retires.
+
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Training dataset.
         question_id_column (`str` or `None`):
             Column that identifies a question. `None` uses prompt and row.
+        num_groups_of_environments (`int`, *optional*, defaults to `0`):
+            Groups of a generation batch, where environments may own the data.
 
     Raises:
         ValueError: if the ids of a column are missing, or belong to several prompts.
     """
 
-    def __init__(self, dataset: Any, question_id_column: str | None) -> None:
+    def __init__(self, dataset: Any, question_id_column: str | None, num_groups_of_environments: int = 0) -> None:
         self.dataset = dataset
         self.question_id_column = question_id_column
         self.is_stream = not isinstance(dataset, Dataset)
         self._rows_of: dict[str, list[int]] = {}
         self._shared_prompts: set[str] = set()  # ids of prompts that stand for several questions
+        self._placeholders: set[str] = set()  # ids of rows that are equal in everything
+        self._of_placeholders: set[str] = set()  # ids of the questions that they are
         if self.is_stream:
             return
         ids = dataset_question_ids(dataset, question_id_column)
@@ -52,6 +65,13 @@ class TrainingQuestions:
             ids = self._tell_apart(ids)
         for row, question_id in enumerate(ids):
             self._rows_of.setdefault(question_id, []).append(row)
+        if num_groups_of_environments and question_id_column is None:
+            self._placeholders = {question_id for question_id, rows in self._rows_of.items() if len(rows) > 1}
+        for question_id in self._placeholders:
+            rows = self._rows_of.pop(question_id)
+            of_groups = [_id_of_row(question_id, f"group {group}") for group in range(num_groups_of_environments)]
+            self._rows_of.update(dict.fromkeys(of_groups, rows))
+            self._of_placeholders.update(of_groups)
 
     def _tell_apart(self, ids: Sequence[str]) -> list[str]:
         """Ids by row, where several rows have one prompt and differ in something else."""
@@ -79,12 +99,16 @@ class TrainingQuestions:
             "they are not."
         )
 
-    def id_of(self, row: Mapping[str, Any]) -> str:
-        """Id of the question of a row that the data loader gave."""
+    def id_of(self, row: Mapping[str, Any], group: int = 0) -> str:
+        """Id of the question of a row that the data loader gave for a group of the batch."""
         question_id = row_question_id(row, self.question_id_column)
         if question_id in self._shared_prompts:
-            return _id_of_row(question_id, canonical_rest(row))
-        return question_id
+            question_id = _id_of_row(question_id, canonical_rest(row))
+        return _id_of_row(question_id, f"group {group}") if question_id in self._placeholders else question_id
+
+    def may_retire(self, question_id: str) -> bool:
+        """Whether a question that was solved is done with: not one that asks something else each time."""
+        return question_id not in self._of_placeholders
 
     def ids(self) -> Collection[str]:
         """Ids of all questions of a map-style dataset."""
@@ -99,7 +123,10 @@ class TrainingQuestions:
         if self.is_stream:
             return question
         rows = self.rows_of(question.question_id)
-        return Question(question.question_id, dict(next(_rows(self.dataset, [rows[0]])))) if rows else None
+        if not rows:
+            return None
+        row = with_prompt(dict(next(_rows(self.dataset, [rows[0]]))))
+        return Question(question.question_id, stored(row))
 
 
 class Replayable:
@@ -111,10 +138,12 @@ class Replayable:
         questions ([`TrainingQuestions`]):
             Questions of the training dataset.
         tokenize (`Callable`):
-            Maps prompts to their token ids.
+            Maps dataset rows to the token ids of their prompts.
     """
 
-    def __init__(self, questions: TrainingQuestions, tokenize: Callable[[list[Any]], list[list[int]]]) -> None:
+    def __init__(
+        self, questions: TrainingQuestions, tokenize: Callable[[Sequence[Mapping[str, Any]]], list[list[int]]]
+    ) -> None:
         self.questions = questions
         self.tokenize = tokenize
         self._unusable: set[str] = set()
@@ -132,11 +161,13 @@ class Replayable:
             if now is not None:
                 buffer.update(now)
         gone = {question_id for question_id, question in present.items() if question is None}
-        for question_id, rendered in self._prompt_hashes(q for q in present.values() if q is not None):
-            # One that does not know its prompt was checked by its chat template.
-            other = {e for e in completions[question_id] if e.prompt_hash not in (rendered, UNKNOWN_PROMPT)}
-            self._of_other_prompts |= other
-            if len(other) == len(completions[question_id]):
+        now_of = [(q, e) for q in present.values() if q is not None for e in completions[q.question_id]]
+        for (_, experience), rendered in zip(now_of, self._prompt_hashes(now_of), strict=True):
+            # One that does not know its prompt was checked by its chat template; a rollout function makes prompts.
+            if experience.prompt_hash not in (rendered, UNKNOWN_PROMPT) and rendered is not None:
+                self._of_other_prompts.add(experience)
+        for question_id, of_question in completions.items():
+            if self._of_other_prompts.issuperset(of_question):
                 self._unusable.add(question_id)
         self._unusable |= gone
         told = []
@@ -149,12 +180,24 @@ class Replayable:
             )
         return f"{' and '.join(told)}: they stay in the experience buffer, but are not replayed." if told else None
 
-    def _prompt_hashes(self, questions: Iterable[Question]) -> Iterable[tuple[str, int]]:
-        waiting = list(questions)
-        for start in range(0, len(waiting), _PROMPTS_AT_ONCE):
-            some = waiting[start : start + _PROMPTS_AT_ONCE]
-            rendered = self.tokenize([question.example["prompt"] for question in some])
-            yield from ((question.question_id, prompt_hash(ids)) for question, ids in zip(some, rendered, strict=True))
+    def _prompt_hashes(self, completions: Sequence[tuple[Question, Experience]]) -> list[int | None]:
+        """Hash of the prompt of each completion as it renders now, each prompt once; `None` if it is not rendered."""
+        shown = [Shown(question.example, experience) for question, experience in completions]
+        keys = [
+            (question.question_id, None if experience.details is None else experience.details.prompt_text)
+            for question, experience in completions
+        ]
+        first = {key: of_one for key, of_one in zip(keys, shown, strict=True) if of_one.prompt_ids is None}
+        hashes: dict[tuple[str, str | None], int | None] = {}
+        waiting = list(first.items())
+        step = _IMAGES_AT_ONCE if any(has_images(of_one.example) for of_one in first.values()) else _PROMPTS_AT_ONCE
+        for start in range(0, len(waiting), step):
+            some = waiting[start : start + step]
+            rendered = self.tokenize([of_one.row for _, of_one in some])
+            hashes |= {key: prompt_hash(ids) for (key, _), ids in zip(some, rendered, strict=True)}
+        return [
+            hashes.get(key) if of_one.prompt_ids is None else None for key, of_one in zip(keys, shown, strict=True)
+        ]
 
     def collected(self, question_id: str) -> None:
         """Take note of new completions of a question: there is something to replay."""
@@ -201,7 +244,8 @@ def _rows(dataset: Dataset, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
     if dataset.format["type"] is not None or len(rows) == 1:
         yield from (dataset.__getitems__([row])[0] for row in rows)
         return
-    for batch in dataset.select(rows).iter(batch_size=1000):
+    has_media = any(type(feature).__name__ in ("Image", "List", "Sequence") for feature in dataset.features.values())
+    for batch in dataset.select(rows).iter(batch_size=_IMAGES_AT_ONCE if has_media else _ROWS_AT_ONCE):
         yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 

@@ -19,6 +19,7 @@ from .metrics import LogRatios, ReplayMetrics
 from .notices import Notices
 from .plan import Plan
 from .processes import Processes
+from .prompts import Prompts
 from .questions import Replayable, TrainingQuestions
 from .scoring import Prompted, Scores, score_candidates
 from .selection import Selection
@@ -59,8 +60,8 @@ class Replayer:
             Questions of the training dataset.
         success_rule ([`SuccessRule`]):
             What counts as a success.
-        tokenize (`Callable`):
-            Maps prompts to their token ids.
+        prompts ([`Prompts`]):
+            Renders prompts.
         score (`Callable`):
             Scores prompts and completions, given as token ids, under the current policy in one forward.
 
@@ -81,7 +82,7 @@ class Replayer:
         questions: TrainingQuestions,
         success_rule: SuccessRule,
         *,
-        tokenize: Callable[[list[Any]], list[list[int]]],
+        prompts: Prompts,
         score: Callable[[Sequence[Prompted]], list[Scores]],
     ) -> None:
         self.args = args
@@ -90,9 +91,9 @@ class Replayer:
         self.dropped_questions = dropped_questions
         self.questions = questions
         self.success_rule = success_rule
-        self.tokenize = tokenize
+        self.prompts = prompts
         self.score = score
-        self.replayable = Replayable(questions, tokenize)
+        self.replayable = Replayable(questions, prompts.token_ids)
         self.buffer = buffer
         self.batch: Batch | None = None
         self.num_losses = 0
@@ -146,7 +147,7 @@ class Replayer:
         self.dropped_questions.epoch = None
 
     def _examine_buffer(self) -> None:
-        self.replayable = Replayable(self.questions, self.tokenize)
+        self.replayable = Replayable(self.questions, self.prompts.token_ids)
         told = self.replayable.examine(self.buffer)
         if told:
             logger.warning(told)
@@ -183,7 +184,8 @@ class Replayer:
         unseen: set[int] = set()
         if self.coverage.is_on:
             own = range(-first_row % group_size, num_rows, group_size)
-            ids = {(first_row + i) // group_size: self.questions.id_of(inputs[i]) for i in own}
+            groups = {i: (first_row + i) // group_size for i in own}
+            ids = {group: self.questions.id_of(inputs[i], group) for i, group in groups.items()}
             unseen = self.coverage.unseen_groups(self.processes.gather(ids))
         selection = Selection(self.buffer, self.replayable, self.args, self.strategies)
 
@@ -193,7 +195,7 @@ class Replayer:
             self._has_begun = True
             if self.is_started and not self.is_stopped:
                 selection.draw(self._version_offset + global_step)
-            return self.is_started, selection.to_score(self.tokenize)
+            return self.is_started, selection.to_score(self.prompts)
 
         is_started, to_score = self.processes.decide("drawing the questions to replay", draw)
         before_scoring = time.perf_counter()
@@ -307,6 +309,8 @@ class Replayer:
             self.coverage.generated(share.generated)
         for group, question, experiences in batch.groups():
             is_solved = bool(admission.is_solved[group])
+            if is_solved and not self.questions.may_retire(question.question_id):
+                continue
             if self.is_started:
                 self.buffer.collect(
                     question,

@@ -84,7 +84,7 @@ class RolloutDetails:
         images: dict[str, StoredImage] = {}
 
         def text(value: Any, what: str) -> str | None:
-            return None if value is None else json.dumps(to_json(referenced(stored(value), images), what))
+            return None if value is None else json.dumps(to_json(referenced(stored(value, images)), what))
 
         runs = b"" if is_model is None else _runs(np.asarray(is_model)).tobytes()
         rewards_text = None

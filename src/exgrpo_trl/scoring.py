@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +12,30 @@ from torch.distributed import fsdp
 from .processes import Processes
 from .records import Candidate
 
-# Prompt token ids and completion token ids.
-Prompted = tuple[Sequence[int], np.ndarray]
+
+class Prompted(NamedTuple):
+    """A stored completion with its prompt.
+
+    Attributes:
+        prompt (`Sequence[int]`):
+            Prompt token ids; empty where images are part of it, to be rendered by the process that scores it.
+        completion (`np.ndarray`):
+            Completion token ids, shape `(T,)`.
+        is_model (`np.ndarray` or `None`):
+            Which of them the model wrote, shape `(T,)`; `None` for all.
+        row (`dict` or `None`):
+            Dataset row with its prompt as shown, where there are images.
+        messages (`list` or `None`):
+            Completion messages, where tools returned images.
+    """
+
+    prompt: Sequence[int]
+    completion: np.ndarray
+    is_model: np.ndarray | None = None
+    row: Mapping[str, Any] | None = None
+    messages: Any = None
+
+
 # Mean token entropy and mean negative log-likelihood of a completion, nats.
 Scores = tuple[float, float]
 
@@ -46,7 +69,9 @@ def score_candidates(
     """Scores by number of the completion, on the main process; all processes call this, and each makes its share."""
     if not prompted:
         return {}
-    lengths = [len(prompt) + len(completion) for prompt, completion in prompted]
+    lengths = [len(of_one.prompt) + len(of_one.completion) for of_one in prompted]
+    # With images one by one: models differ in how they lay out the pixels of several rows.
+    batch_size = 1 if any(of_one.row is not None for of_one in prompted) else batch_size
     dealt = deal_forwards(lengths, processes.count, batch_size)
     with processes.together("scoring the candidates"):
         mine = [
@@ -81,18 +106,22 @@ def score_completions(
 ) -> list[Scores]:
     """
     Mean token entropy and mean negative log-likelihood of stored completions under the current policy, in one forward.
+
+    Means are taken over the tokens that the model wrote.
     """
-    longest_prompt = max(len(prompt) for prompt, _ in prompted)
-    longest_completion = max(len(completion) for _, completion in prompted)
+    longest_prompt = max(len(of_one.prompt) for of_one in prompted)
+    longest_completion = max(len(of_one.completion) for of_one in prompted)
     input_ids = torch.full((len(prompted), longest_prompt + longest_completion), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    for row, (prompt, completion) in enumerate(prompted):
+    mask = torch.zeros((len(prompted), longest_completion), dtype=torch.bool)
+    for row, (prompt, completion, is_model, *_) in enumerate(prompted):
         begin, end = longest_prompt - len(prompt), longest_prompt + len(completion)
         input_ids[row, begin:longest_prompt] = torch.tensor(prompt, dtype=torch.long)
         input_ids[row, longest_prompt:end] = torch.from_numpy(completion.astype("int64"))
         attention_mask[row, begin:end] = 1
+        mask[row, : len(completion)] = True if is_model is None else torch.from_numpy(is_model)
     logps, entropies = forward(input_ids.to(device), attention_mask.to(device), longest_completion)
-    mask = attention_mask[:, longest_prompt:].to(device).bool()
+    mask = mask.to(device)
     num_tokens = mask.sum(-1)
     mean_logp = torch.where(mask, logps.float(), 0.0).sum(-1) / num_tokens
     mean_entropy = torch.where(mask, entropies.float(), 0.0).sum(-1) / num_tokens

@@ -1,13 +1,13 @@
 """Which stored completions a generation batch replays, and in which rows: decided by the main process."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from .buffer import ReplayBuffer
 from .config import ExGRPOConfig
 from .plan import plan_rows, spare
+from .prompts import Prompts, Shown
 from .questions import Replayable
 from .records import Candidate, Experience, Question, Replay
 from .scoring import Prompted, Scores, add_scores
@@ -62,17 +62,17 @@ class Selection:
         except KeyError:
             return ()
 
-    def to_score(self, tokenize: Callable[[list[Any]], list[list[int]]]) -> list[Prompted]:
+    def to_score(self, prompts: Prompts) -> list[Prompted]:
         """Prompt and completion of every candidate that the choice depends on: none where there is no choice."""
         question_ids = [question_id for question_id, choices in self.candidates.items() if len(choices) > 1]
         if not question_ids or not self.strategies.completion_selector.requires_scores:
             return []
-        prompts = tokenize([self.questions[question_id].example["prompt"] for question_id in question_ids])
-        return [
-            (prompt, candidate.experience.token_ids)
-            for question_id, prompt in zip(question_ids, prompts, strict=True)
+        shown = [
+            Shown(self.questions[question_id].example, candidate.experience)
+            for question_id in question_ids
             for candidate in self.candidates[question_id]
         ]
+        return prompts.prompted(shown)
 
     def choose(self, scores: Mapping[int, Scores], unseen: Collection[int], rng: np.random.Generator) -> list[Replay]:
         """One completion per drawn question, and its row (method, section 4); ascending by row."""

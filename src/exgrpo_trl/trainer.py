@@ -4,25 +4,27 @@ import functools
 import inspect
 import os
 import textwrap
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather, is_peft_model
+from accelerate.utils import gather, is_peft_model, send_to_device
 from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .batch import COLUMNS, IDENTITY, Batch
+from .batch import COLUMNS, IDENTITY, Batch, loss_mask
 from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import (
     Location,
     check_buffer,
+    check_rollouts,
     check_settings,
     find_checkpoint,
     resolve_buffer,
+    rollout_fingerprint,
     tokenizer_fingerprint,
 )
 from .compatibility import (
@@ -30,20 +32,25 @@ from .compatibility import (
     LOSS,
     check_arguments,
     check_batch_size,
-    check_processing_class,
     check_vllm,
     check_wrapped,
     naming_overrides,
     overridden,
     wrapped,
+    wrapped_value,
 )
 from .config import ExGRPOConfig
-from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset
+from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset, has_images, undecodable_row
 from .processes import Processes
+from .prompts import Prompts, images_of
 from .questions import TrainingQuestions
 from .records import ExperienceBufferError
 from .replayer import Replayer, TrainedRows
+from .rewards import keeping_stored
 from .rollouts import Rollouts, SingleTurnRollouts, VLLMRollouts
+from .rollouts.environments import stand_ins, without_images
+from .rollouts.functions import call_rollout_function
+from .rollouts.multi_turn import put_stored_rollouts, snapshot
 from .rollouts.vllm import correct_fresh_only
 from .scoring import Prompted, Scores, evaluating, reshard, score_completions
 from .strategies import Strategies
@@ -123,8 +130,8 @@ class ExGRPOTrainer(GRPOTrainer):
 
     Raises:
         `NotImplementedError`:
-            When an argument cannot work with replay (tools, environments, `rollout_func`, vision-language models,
-            Liger's loss in TRL below 1.14).
+            When something cannot work with replay or with the installed TRL (below 1.14: Liger's loss, and tools with
+            a vLLM server).
         `ValueError`:
             When the configuration, the question ids or the buffer do not fit together.
     """
@@ -180,8 +187,14 @@ class ExGRPOTrainer(GRPOTrainer):
             weighting=weighting,
         )
 
+        # Rewards that TRL adds to these are those of environments.
+        given = bound.arguments.get("reward_funcs")
+        self._num_reward_funcs = len(given) if isinstance(given, list) else int(given is not None)
+        self._has_environments = bool(bound.arguments.get("environment_factory"))
+        self._has_rollout_func = bound.arguments.get("rollout_func") is not None
         super().__init__(model, reward_funcs, args, *positional, **keywords)
 
+        self._prompts = Prompts(self)
         questions = self._training_questions()
         self.replayer = Replayer(
             buffer,
@@ -196,17 +209,21 @@ class ExGRPOTrainer(GRPOTrainer):
                 args.success_threshold,
                 args.success_reward if self._is_replay_enabled else None,
             ),
-            tokenize=lambda prompts: self._tokenize_prompts(prompts)[0],
+            prompts=self._prompts,
             score=self._score,
         )
         if not self._is_replay_enabled:
             return
-        check_processing_class(self.processing_class)
-        self._rollouts: Rollouts = SingleTurnRollouts()
+        # Nobody must read tool calls out of a stored rollout, so that tools go first.
+        self._stand_in = [self._text_tokenizer.eos_token_id] if self.tools else None
+        self._rollouts: Rollouts = SingleTurnRollouts(self._stand_in)
         if self.use_vllm:
             check_vllm(self.vllm_generation, is_main=self.accelerator.is_main_process)
             self._rollouts = VLLMRollouts(
-                self.vllm_generation, self._processes, getattr(self, "vllm_tensor_parallel_size", 1)
+                self.vllm_generation,
+                self._processes,
+                getattr(self, "vllm_tensor_parallel_size", 1),
+                self._stand_in,
             )
         self._processes.decide(
             "checking the experience buffer",
@@ -220,7 +237,8 @@ class ExGRPOTrainer(GRPOTrainer):
         dataset = self._questions_of = self.train_dataset
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
-        questions = TrainingQuestions(dataset, self.args.question_id_column)
+        num_groups = self.args.num_groups if self._has_environments else 0
+        questions = TrainingQuestions(dataset, self.args.question_id_column, num_groups)
         check_dataset(dataset, self.args)
         if questions.told and self._processes.is_main:
             logger.warning(questions.told)
@@ -264,12 +282,13 @@ class ExGRPOTrainer(GRPOTrainer):
         # Around what TRL calls, so that overrides of a subclass are seen as TRL sees them.
         with (
             batch.generating(),
+            self._rolling_out(batch, inputs),
             wrapped(self, "_calculate_rewards", functools.partial(self._take_rewards, batch)),
             wrapped(self, "_get_per_token_logps_and_entropies", functools.partial(self._keep_forward, batch)),
         ):
             output = super()._generate_and_score_completions(inputs)
             with self._processes.together("checking what was generated"), naming_overrides(self, GENERATING):
-                batch.check_tokens(output["completion_ids"])
+                batch.check_tokens(output)
             if batch.replays and "importance_sampling_ratio" in output:
                 by_sequence = self.vllm_importance_sampling_mode.startswith("sequence")
                 metrics = correct_fresh_only(output, batch, self.accelerator.gather, by_sequence=by_sequence)
@@ -280,7 +299,7 @@ class ExGRPOTrainer(GRPOTrainer):
             # Where TRL computed the log-probabilities at generation, the policy may move before a row is trained.
             old_logps = output.get("old_per_token_logps")
             if old_logps is not None:
-                entropies = batch.entropies_of(old_logps, output["completion_mask"].bool())
+                entropies = batch.entropies_of(old_logps, loss_mask(output).bool())
                 batch.record(range(batch.first_row, batch.first_row + batch.num_rows), old_logps, entropies)
             return output
 
@@ -288,7 +307,7 @@ class ExGRPOTrainer(GRPOTrainer):
         self, prompt_ids: list[Any], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         batch = self._generated_batch
-        if batch is None:
+        if batch is None or not batch.is_first_turn:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
 
         if len(prompt_ids) != batch.num_rows:
@@ -298,21 +317,68 @@ class ExGRPOTrainer(GRPOTrainer):
                 "parent once with all rows, or set replay_fraction=0 to train without replay."
             )
 
-        def generate(prompt_ids: Any, multimodal_fields: Any) -> Any:
+        def generate(prompt_ids: Any, images: Any, multimodal_fields: Any) -> Any:
             return super(ExGRPOTrainer, self)._generate_single_turn(
                 prompt_ids, images, multimodal_fields, *args, **kwargs
             )
 
-        return self._rollouts(generate, prompt_ids, multimodal_fields, batch)
+        output = self._rollouts(generate, prompt_ids, images, multimodal_fields, batch)
+        # Later turns are those of the rows that called a tool; where there are none, there is no later turn.
+        batch.is_first_turn = self._stand_in is None
+        return output
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._tool_call_loop(*args, **kwargs)
+        batch = self._generated_batch
+        if batch is None:
+            return result
+        return put_stored_rollouts(
+            result, batch, functools.partial(self._text_tokenizer.decode, skip_special_tokens=True)
+        )
+
+    @contextmanager
+    def _rolling_out(self, batch: Batch, inputs: list[dict[str, Any]]) -> Iterator[None]:
+        """While a batch is generated: environments and rollout functions are kept from rows of stored rollouts."""
+        with ExitStack() as stack:
+            if self._has_environments:
+                batch.fresh.prompts = {}
+                stack.enter_context(stand_ins(self, batch, inputs))
+            if self._has_rollout_func:
+                stack.enter_context(wrapped(self, "rollout_func", functools.partial(self._call_rollout_func, batch)))
+            yield
+
+    def _call_rollout_func(self, batch: Batch, function: Callable[..., Any], prompts: list[Any], trainer: Any) -> Any:
+        with self._processes.together("calling the rollout function"):
+            return call_rollout_function(
+                function,
+                prompts,
+                trainer,
+                batch=batch,
+                fresh_only=self.args.rollout_fresh_only,
+                stand_in=self._stand_in,
+                tokenize=lambda rows: self._tokenize_prompts([prompts[row] for row in rows])[0],
+            )
+
+    @property
+    def _text_tokenizer(self) -> Any:
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+    @property
+    def _keeps_rewards(self) -> bool:
+        """Whether stored completions keep the rewards that they had."""
+        return (self.args.replay_rewards or ("stored" if self._has_environments else "recomputed")) == "stored"
 
     def _take_rewards(self, batch: Batch, calculate: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Around `_calculate_rewards` while a batch is generated: its rewards, and its completions as they came."""
         arguments = self._reward_arguments(*args, **kwargs)
         num_rows = len(arguments["prompts"])
         self._log_completion_extra("replayed", [position in batch.stored for position in range(num_rows)])
+        if batch.fresh.prompts is not None:
+            self._keep_shown_prompts(batch, arguments)
         with self._processes.together("computing rewards"):
             try:
-                rewards = calculate(*args, **kwargs)
+                with wrapped_value(self, "reward_funcs", self._reward_funcs_for(batch)):
+                    rewards = calculate(*args, **kwargs)
             except Exception:
                 if self._processes.count > 1:  # the others wait for this one in TRL's gather
                     gather(torch.zeros(num_rows, len(self.reward_funcs), device=self.accelerator.device))
@@ -322,7 +388,28 @@ class ExGRPOTrainer(GRPOTrainer):
             )
             with naming_overrides(self, ("_calculate_rewards",)):
                 batch.take_rewards(rewards, [list(ids) for ids in arguments["completion_ids_list"]])
+            if self._keeps_rewards or self._has_environments:
+                batch.fresh.reward_names = list(self.reward_func_names)
         return rewards
+
+    def _reward_funcs_for(self, batch: Batch) -> list[Any]:
+        """Reward functions of a batch: those whose rewards stored rows keep are asked about fresh rows."""
+        first_kept = 0 if self._keeps_rewards else self._num_reward_funcs  # those of an environment cannot be asked
+        if not batch.stored:
+            return list(self.reward_funcs)
+        return [
+            *self.reward_funcs[:first_kept],
+            *keeping_stored(
+                self.reward_funcs[first_kept:], self.reward_func_names[first_kept:], batch.stored, batch.num_rows
+            ),
+        ]
+
+    def _keep_shown_prompts(self, batch: Batch, arguments: dict[str, Any]) -> None:
+        """Prompts as environments showed them are part of the rollouts: they may differ within a group."""
+        for position, (row, prompt) in enumerate(zip(arguments["inputs"], arguments["prompts"], strict=True)):
+            if position not in batch.stored:
+                shown = without_images(prompt, images_of(row))
+                batch.fresh.prompts[position] = snapshot(shown)  # type: ignore[index]
 
     def _mark_fresh(self, calculate: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Around `_calculate_rewards` in an evaluation: TRL's table of completions has the same columns as ever."""
@@ -342,14 +429,20 @@ class ExGRPOTrainer(GRPOTrainer):
         return outputs
 
     def _score(self, prompted: Sequence[Prompted]) -> list[Scores]:
+        pixels: dict[str, Any] = {}
+        if any(of_one.row is not None for of_one in prompted):
+            (of_one,) = prompted
+            of_one, pixels = self._prompts.with_pixels(of_one)
+            prompted, pixels = [of_one], send_to_device(pixels, self.accelerator.device)
+
         def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> Any:
             return self._get_per_token_logps_and_entropies(
-                self.model, input_ids, attention_mask, logits_to_keep, compute_entropy=True
+                self.model, input_ids, attention_mask, logits_to_keep, compute_entropy=True, **pixels
             )[:2]
 
         with evaluating(self.model):
             scores = score_completions(
-                prompted, forward, pad_token_id=self.processing_class.pad_token_id, device=self.accelerator.device
+                prompted, forward, pad_token_id=self._text_tokenizer.pad_token_id, device=self.accelerator.device
             )
         reshard(self.model)
         return scores
@@ -423,6 +516,23 @@ class ExGRPOTrainer(GRPOTrainer):
 
     # Dataset
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_replay_enabled or not has_images(self.train_dataset):
+            return super().get_batch_samples(*args, **kwargs)
+        with self._processes.together("loading a batch"):
+            try:
+                return super().get_batch_samples(*args, **kwargs)
+            except Exception as error:
+                found = undecodable_row(self.train_dataset)
+                if found is None:
+                    raise
+                row, reason = found
+                raise ValueError(
+                    f"An image in row {row} of the training dataset cannot be decoded ({type(reason).__name__}: "
+                    f"{reason}). Replace it, or leave the row out: "
+                    f"dataset.select(row for row in range(len(dataset)) if row != {row})."
+                ) from error
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if not self._is_replay_enabled or sampler is None or not self.args.drop_retired_questions:
@@ -477,6 +587,20 @@ class ExGRPOTrainer(GRPOTrainer):
             # The main process goes on to write the state of the trainer, which says that a checkpoint is complete.
             self._processes.wait()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self._has_missing_weights = bool(load_result.missing_keys)
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._has_missing_weights = False
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._is_replay_enabled or not self._has_missing_weights or is_peft_model(self.model):
+            return
+        # transformers saves some models (LLaVA, Qwen2-VL) under other names than it resumes them from, and goes on
+        # with the weights of the start. Loaded as a model, the checkpoint gets the right names.
+        saved = type(self.model).from_pretrained(resume_from_checkpoint).state_dict()
+        self.model.load_state_dict(saved)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._is_replay_enabled and checkpoint is not None:
             check_batch_size(self._train_batch_size, self.args)
@@ -499,15 +623,22 @@ class ExGRPOTrainer(GRPOTrainer):
 
     def _check_buffer(self, buffer: Any, source: str) -> None:
         """Whether a buffer can be replayed here; it takes note of what its tokens and ids depend on."""
-        provenance = tokenizer_fingerprint(self.processing_class) | {
+        provenance = tokenizer_fingerprint(self._text_tokenizer) | {
             "temperature": self.temperature,
             "question_id_column": self.args.question_id_column,
         }
+        provenance |= rollout_fingerprint(self)
         check_buffer(
             buffer,
             provenance=provenance,
             max_completion_length=self.max_completion_length,
             vocab_size=self.model.config.get_text_config().vocab_size,
+            source=source,
+        )
+        check_rollouts(
+            buffer,
+            knows_turns=bool(self.tools) or self._has_rollout_func,
+            reward_names=self.reward_func_names if self._keeps_rewards else [],
             source=source,
         )
         buffer.provenance |= provenance

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +38,8 @@ from .value_codecs import (
 )
 
 _TYPE_KEY = "__exgrpo_type__"
+# What a reference to an image is as text. Quotes inside of JSON strings are escaped: no text is taken for one.
+_REFERENCE = re.compile(rf'{{"{_TYPE_KEY}": "image_reference", "digest": "([^"]*)"}}')
 
 
 def to_json(value: Any, column: str | None = None) -> Any:
@@ -75,6 +78,11 @@ def from_json(text: str) -> Any:
         return json.loads(text, object_hook=_from_fields)
     except RecursionError as error:
         raise ValueError("An encoded example is nested too deeply.") from error
+
+
+def referenced_digests(text: str) -> list[str]:
+    """Digests of the images that a JSON text of [`to_json`] refers to, in its order."""
+    return _REFERENCE.findall(text) if "image_reference" in text else []
 
 
 def copied(value: Any, column: str | None = None) -> Any:

@@ -22,7 +22,7 @@ from exgrpo_trl.buffer.metadata import _sha256 as checksum_of
 from exgrpo_trl.records import Experience, ExperienceBufferError, Question
 
 K = 8
-FILES = ["completions.parquet", "metadata.json", "questions.parquet", "retired.parquet"]
+FILES = ["completions.parquet", "images.parquet", "metadata.json", "questions.parquet", "retired.parquet"]
 
 
 def operate(buffer, chance, num_operations):
@@ -105,9 +105,8 @@ def hidden(directory):
 @pytest.mark.parametrize("small_batches", [False, True])
 def test_round_trip_is_exact_and_goes_on_alike(tmp_path, monkeypatch, limits, small_batches):
     if small_batches:
-        for module in (files, tables):
-            monkeypatch.setattr(module, "ROWS_PER_BATCH", 7)
-        monkeypatch.setattr(tables, "TOKENS_PER_BATCH", 20)
+        monkeypatch.setattr(tables, "ROWS_PER_BATCH", 7)
+        monkeypatch.setattr(tables, "BYTES_PER_BATCH", 160)
     buffer = filled(seed=1, num_operations=400, **limits)
     # PCG64 keeps half of a 64-bit number for the next 32-bit draw: that belongs to the state too.
     buffer.rng.integers(5, dtype=np.int32)
@@ -246,8 +245,8 @@ def rewrite(path, **changes):
 
 def test_newer_schema(saved):
     _, path = saved
-    rewrite(path, schema_version=3)
-    assert_refused(path, "schema version 3.*up to 2.*Upgrade exgrpo-trl")
+    rewrite(path, schema_version=4)
+    assert_refused(path, "schema version 4.*up to 3.*Upgrade exgrpo-trl")
 
 
 @pytest.mark.parametrize(
@@ -404,12 +403,12 @@ def test_second_interruption_keeps_the_only_buffer_of_the_first(tmp_path):
 
 def test_everything_is_synced_before_it_counts(tmp_path, monkeypatch):
     events = []
-    sync, rename = files._sync, os.rename
-    monkeypatch.setattr(files, "_sync", lambda path: (events.append(path.name), sync(path)))
+    sync, rename = files.sync, os.rename
+    monkeypatch.setattr(files, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(os, "rename", lambda source, target: (events.append("rename"), rename(source, target)))
     filled().save(tmp_path / "buffer")
-    assert sorted(events[:5]) == sorted([*FILES, ".buffer.saving"])
-    assert events[5:] == ["rename", tmp_path.name]
+    assert sorted(events[:6]) == sorted([*FILES, ".buffer.saving"])
+    assert events[6:] == ["rename", tmp_path.name]
 
 
 def fail_to_sync(monkeypatch, number, *, of_directories, at="fsync"):

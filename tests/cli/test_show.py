@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from exgrpo_trl import __version__
+from exgrpo_trl import RolloutDetails, StoredImage, __version__
 from exgrpo_trl.buffer import ExperienceBuffer
 from exgrpo_trl.cli import main
 from exgrpo_trl.records import Experience, Question
@@ -59,6 +59,38 @@ def test_show_json(path, capsys):
     assert summary["policy_versions"] == {"oldest": 3, "newest": 122}
     assert summary["settings"]["capacity"] == 5000
     assert summary["provenance"]["temperature"] == 0.75
+
+
+def test_show_counts_turns_and_images(path, tmp_path, capsys):
+    image_module = pytest.importorskip("PIL.Image")
+    stored = [StoredImage.of(image_module.new("RGB", (400, 300), color)) for color in ("red", "blue")]
+    buffer = ExperienceBuffer.load(path)
+    for number in range(3):
+        messages = [{"role": "tool", "content": [stored[number % 2]]}]
+        details = RolloutDetails.create(is_model=[1, 0, number % 2], messages=messages)
+        experience = Experience.create([1, 2, 3], [-0.5] * 3, policy_version=1, reward=1.0, details=details)
+        question = Question(f"image {number}", {"prompt": [stored[0]]})
+        buffer.collect(question, [experience], num_correct=2, group_size=8)
+    details = RolloutDetails.create(rewards={"a": 1.0})
+    experience = Experience.create([5], [-0.5], policy_version=1, reward=1.0, details=details)
+    buffer.collect(Question("one turn", {"prompt": "a"}), [experience], num_correct=2, group_size=8)
+    buffer.save(tmp_path / "buffer")
+    num_bytes = sum(len(image.content) for image in stored)
+    assert main(["show", str(tmp_path / "buffer")]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "completions of several turns 3" in lines
+    assert f"images 2 ({num_bytes / 1e6:.1f} MB)" in lines
+    assert main(["show", str(tmp_path / "buffer"), "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)["counts"]
+    assert (counts["several_turns"], counts["images"], counts["image_bytes"]) == (3, 2, num_bytes)
+    assert counts["completions"] == 124
+    # A buffer of text does not speak of them, but in JSON.
+    assert main(["show", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "several turns" not in printed
+    assert "MB" not in printed
+    assert main(["show", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"]["images"] == 0
 
 
 def test_show_empty_buffer(tmp_path, capsys):

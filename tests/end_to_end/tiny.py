@@ -148,7 +148,7 @@ def parameters_of(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-def completion_logps(model: Any, prompt: Any, completion: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def completion_logps(model: Any, prompt: Any, completion: Any, **pixels: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Log-probabilities and entropies of a completion, one row alone, without padding: the plain definition.
 
@@ -156,11 +156,12 @@ def completion_logps(model: Any, prompt: Any, completion: Any) -> tuple[torch.Te
         model: Model, in the precision in which to compute.
         prompt: Prompt token ids, shape `(P,)`.
         completion: Completion token ids, shape `(T,)`.
+        pixels: What the forward needs of the images in the prompt.
 
     Returns:
         Two tensors of shape `(T,)`, nats, with their graph.
     """
     prompt, completion = torch.as_tensor(prompt).long(), torch.as_tensor(completion).long()
-    logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+    logits = model(input_ids=torch.cat([prompt, completion])[None], **pixels).logits[0, len(prompt) - 1 : -1]
     log_probs = torch.log_softmax(logits, dim=-1)
     return log_probs.gather(1, completion[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(-1)

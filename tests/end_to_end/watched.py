@@ -37,6 +37,27 @@ def weight(log_w, advantage, weighting, eps_low, eps_high):
     return w.clamp(min=1 - eps_low), torch.where(w < 1 - eps_low, 0.0, w)
 
 
+def pixels_of(inputs, row):
+    """What a forward needs of the images of one row of a micro-batch."""
+    if "pixel_values" not in inputs:
+        return {}
+    num_images = inputs["num_images"]
+    before, own = sum(num_images[:row]), num_images[row]
+    pixels = {}
+    if "image_grid_thw" in inputs:
+        patches = inputs["image_grid_thw"].prod(-1).tolist()
+        start = sum(patches[:before])
+        pixels["pixel_values"] = inputs["pixel_values"][start : start + sum(patches[before : before + own])]
+        pixels["image_grid_thw"] = inputs["image_grid_thw"][before : before + own]
+    else:
+        pixels["pixel_values"] = inputs["pixel_values"][before : before + own]
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            is_own = torch.cat([inputs["prompt_mask"][row], inputs["completion_mask"][row]]).bool()
+            pixels[name] = inputs[name][row][is_own][None]
+    return pixels
+
+
 class WatchedTrainer(ExGRPOTrainer):
     """Compares loss and gradient of every micro-batch with both oracles."""
 
@@ -46,6 +67,7 @@ class WatchedTrainer(ExGRPOTrainer):
         super().__init__(model, *args, **kwargs)
         self.log_ratios, self.sampler_weights = [], []
         self.num_mixed, self.num_only_replayed, self.num_fresh = 0, 0, 0
+        self.num_foreign = 0  # tokens that the model did not write
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -147,23 +169,31 @@ class WatchedTrainer(ExGRPOTrainer):
                 continue
             prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
             completion = inputs["completion_ids"][row][mask]
-            logps, entropy = completion_logps(twin, prompt, completion)
+            pixels = pixels_of(inputs, row)
+            # What tools said is read by the model, and never trained.
+            by_model = (
+                inputs["tool_mask"][row][mask].bool() if "tool_mask" in inputs else torch.ones_like(completion) > 0
+            )
+            self.num_foreign += int((~by_model).sum())
+            logps, entropy = (of_row[by_model] for of_row in completion_logps(twin, prompt, completion, **pixels))
             is_replayed = bool(inputs["is_replayed"][row])
             if is_replayed:
-                old = inputs["behavior_per_token_logps"][row][mask].double()
+                old = inputs["behavior_per_token_logps"][row][mask][by_model].double()
             elif "old_per_token_logps" in inputs:
-                old = inputs["old_per_token_logps"][row][mask].double()
+                old = inputs["old_per_token_logps"][row][mask][by_model].double()
             else:
                 old = logps.detach()
             corrects = self.use_vllm and self.vllm_importance_sampling_correction
             sampler_weight = torch.ones_like(old)
             if corrects and not is_replayed:
-                sampler_weight = self.sampler_weight(old, inputs["sampling_per_token_logps"][row][mask].double())
+                sampler_weight = self.sampler_weight(
+                    old, inputs["sampling_per_token_logps"][row][mask][by_model].double()
+                )
                 self.sampler_weights.append(sampler_weight)
             term = self.policy_term(logps, old, float(inputs["advantages"][row]), is_replayed, sampler_weight)
             if self.beta:
                 with torch.no_grad():
-                    ref, _ = completion_logps(self.reference, prompt, completion)
+                    ref = completion_logps(self.reference, prompt, completion, **pixels)[0][by_model]
                 kl = torch.exp(ref - logps) - (ref - logps) - 1
                 if self.args.use_bias_correction_kl and not is_replayed:  # a stored completion is shown with ratio 1
                     kl = kl * torch.exp(logps - old)
@@ -184,6 +214,8 @@ class WatchedTrainer(ExGRPOTrainer):
     def by_term(self, inputs):
         """TRL's loss with the replayed advantages at zero, plus the term of the replayed rows."""
         is_replayed, mask = inputs["is_replayed"], inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
         without = {
             k: v for k, v in inputs.items() if k not in ("is_replayed", "behavior_per_token_logps", "rollout_rows")
         }

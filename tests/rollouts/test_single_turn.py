@@ -19,7 +19,8 @@ def stored_completion():
 def test_transformers(stored_rows, first_row):
     asked = []
 
-    def generate(prompt_ids, fields):
+    def generate(prompt_ids, images, fields):
+        assert images is None
         asked.extend(prompt_ids)
         assert fields == {"token_type_ids": [[ids[0] * 10] for ids in prompt_ids]}
         return [[ids[0], 7] for ids in prompt_ids], None, "more"
@@ -29,7 +30,7 @@ def test_transformers(stored_rows, first_row):
     replays = tuple(Replay(question, stored_completion(), first_row + row) for row in stored_rows)
     batch = Batch(Plan(0, True, replays), first_row, 4, num_groups=8, group_size=1)
     fields = {"token_type_ids": [[10], [20], [30], [40]]}
-    completion_ids, logps, more = SingleTurnRollouts()(generate, prompts, fields, batch)
+    completion_ids, logps, more = SingleTurnRollouts()(generate, prompts, None, fields, batch)
     # A process with no fresh row generates one, because others may wait for it.
     assert asked == ([ids for row, ids in enumerate(prompts) if row not in stored_rows] or [[1]])
     assert completion_ids == [[5, 6] if row in stored_rows else [row + 1, 7] for row in range(4)]

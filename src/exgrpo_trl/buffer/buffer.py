@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ..images import referenced
 from ..records import Experience, Question, as_integer
 from ..strategies.eviction import EvictionFunction, Oldest
 from ..strategies.samplers import GaussianSampler, SamplingFunction, check_drawn
@@ -211,7 +212,8 @@ class ExperienceBuffer:
 
         Args:
             question ([`Question`]):
-                The question; of a stored one the first example is kept.
+                The question; of a stored one the first example is kept. Images of Pillow in it are kept as
+                [`StoredImage`].
             experiences (`Sequence[Experience]`):
                 The correct fresh completions of the group.
             num_correct (`int`):
@@ -227,8 +229,8 @@ class ExperienceBuffer:
 
         Raises:
             TypeError: if the question or an experience is not one.
-            ValueError: if a number is out of range, the group size is not the buffer's, or the question id belongs to
-                another prompt.
+            ValueError: if a number is out of range, the group size is not the buffer's, the question id belongs to
+                another prompt, or an image cannot be stored.
         """
         if not isinstance(question, Question):
             raise TypeError(f"`question` must be a Question, got {type(question).__name__}.")
@@ -267,8 +269,10 @@ class ExperienceBuffer:
 
         Raises:
             KeyError: if the buffer holds no completion of that question.
+            ValueError: if an image of it cannot be stored.
         """
-        self._stored(question.question_id).question = question
+        self._stored(question.question_id)
+        self._store.update(question)
 
     def sample_questions(self, n: int, sampler: SamplingFunction | None = None) -> list[str]:
         """
@@ -408,7 +412,7 @@ class ExperienceBuffer:
 
     def to_dataset(self) -> Dataset:
         """One row per stored completion, see [`completions_to_dataset`]; retired questions are not in it."""
-        from .tables import completions_to_dataset
+        from .as_dataset import completions_to_dataset
 
         return completions_to_dataset(self.items(), self.provenance)
 
@@ -429,7 +433,7 @@ class ExperienceBuffer:
         Raises:
             ValueError: if a column is missing or holds something else, or the provenance of two rows differs.
         """
-        from .tables import completions_from_dataset, provenance_from_dataset
+        from .as_dataset import completions_from_dataset, provenance_from_dataset
 
         buffer = cls(group_size=group_size, **kwargs)
         for question, experience, bucket in completions_from_dataset(dataset):
@@ -450,12 +454,15 @@ class ExperienceBuffer:
 
     def _check_prompt(self, question: Question) -> None:
         stored = self._store.questions.get(question.question_id)
-        # `plain`, because arrays in a prompt do not compare as a whole.
-        if stored is not None and plain(stored.question.example["prompt"]) != plain(question.example["prompt"]):
+        if stored is None or stored.question is question:
+            return
+        prompts = [asked.example["prompt"] for asked in (stored.question, question)]
+        # `plain`, because arrays in a prompt do not compare as a whole; images compare by their pixels.
+        if plain(referenced(prompts[0])) != plain(referenced(prompts[1])):
             raise ValueError(
-                f"Question id {question.question_id!r} belongs to two prompts: "
-                f"{stored.question.example['prompt']!r} and {question.example['prompt']!r}. Identify questions by a "
-                "column with one id per prompt, or by the prompt itself (`question_id_column=None`)."
+                f"Question id {question.question_id!r} belongs to two prompts: {prompts[0]!r} and {prompts[1]!r}. "
+                "Identify questions by a column with one id per prompt, or by the prompt itself "
+                "(`question_id_column=None`)."
             )
 
     def _apply_capacity(self) -> None:

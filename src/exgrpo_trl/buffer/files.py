@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,18 +10,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..examples import decode_example, encode_example
+from ..images import StoredImage
 from ..records import Experience, ExperienceBufferError, Question
+from .detail_columns import DETAIL_SCHEMA, details_from_columns, details_to_arrays
+from .disk import rename, sync
+from .image_files import example_from_text, example_to_text, read_images, write_images
 from .locations import find_buffer, hidden_names, resolved
 from .metadata import (
     COMPLETIONS_FILE,
     DATA_FILES,
+    IMAGES_FILE,
     METADATA_FILE,
     QUESTIONS_FILE,
     RESUME_HINT,
     RETIRED_FILE,
+    data_files,
     digests,
     fail,
     metadata_text,
@@ -30,12 +35,12 @@ from .metadata import (
 )
 from .tables import (
     EXPERIENCE_SCHEMA,
-    LATER_COLUMNS,
     QUESTION_SCHEMA,
-    ROWS_PER_BATCH,
+    array_of,
+    bounded,
+    bytes_of,
     experiences_from_table,
     experiences_to_arrays,
-    in_batches,
     with_later_columns,
 )
 
@@ -47,17 +52,11 @@ Buffer = TypeVar("Buffer", bound="ExperienceBuffer")
 # `question` is a row number of the questions file. `age_rank` orders the completions of a policy version, which need
 # not be the order of the rows: these go by question.
 COMPLETION_SCHEMA = pa.unify_schemas(
-    [pa.schema([("question", pa.int64()), ("age_rank", pa.int64())]), EXPERIENCE_SCHEMA]
+    [pa.schema([("question", pa.int64()), ("age_rank", pa.int64())]), EXPERIENCE_SCHEMA, DETAIL_SCHEMA]
 )
+# Schema version that wrote a column first, where that is not the first one.
+_ADDED_IN = {"prompt_hash": 2, **dict.fromkeys(DETAIL_SCHEMA.names, 3)}
 RETIRED_SCHEMA = pa.schema([("question_id", pa.string())])
-
-
-# What file systems say that have no such operation: mounted buckets and network shares, mostly for directories.
-# Nothing that was written is lost with it, unlike after ENOSPC, EDQUOT or EIO.
-_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
-# Opening one is an error on Windows, on AIX, and where a directory may be written but not listed.
-_CANNOT_SYNC_DIRECTORY = _CANNOT_SYNC | {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTTY}
-_CANNOT_RENAME_DIRECTORY = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 
 
 def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
@@ -85,18 +84,18 @@ def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if replaced.exists() and not target.exists():
         # A save died between its two renames; its old buffer is the only complete one that is sure to be there.
-        _rename(replaced, target)
+        rename(replaced, target)
     for leftover in (temporary, replaced):
         if leftover.exists():
             shutil.rmtree(leftover)
     temporary.mkdir()
     try:
         _write_files(buffer, temporary)
-        _sync(temporary)
+        sync(temporary)
         if target.exists():
-            _rename(target, replaced)
-        _rename(temporary, target)
-        _sync(target.parent)
+            rename(target, replaced)
+        rename(temporary, target)
+        sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -127,31 +126,40 @@ def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer]) -> Buf
 def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
     # Bucket by bucket, so that every list of question ids comes back in its order.
     questions = [(question_id, bucket) for bucket, ids in buffer.buckets().items() for question_id in ids]
+    images: dict[str, StoredImage] = {}
+    texts = (
+        (question_id, example_to_text(buffer.question(question_id).example, images), bucket)
+        for question_id, bucket in questions
+    )
     with _writer(directory / QUESTIONS_FILE, QUESTION_SCHEMA) as file:
-        for start in range(0, len(questions), ROWS_PER_BATCH):
-            ids, buckets = zip(*questions[start : start + ROWS_PER_BATCH], strict=True)
-            examples = [encode_example(buffer.question(question_id).example) for question_id in ids]
-            file.write_batch(pa.record_batch([ids, examples, buckets], schema=QUESTION_SCHEMA))
+        for some in bounded(texts, lambda row: len(row[1])):
+            file.write_batch(pa.record_batch(list(zip(*some, strict=True)), schema=QUESTION_SCHEMA))
 
     ranks = {experience: rank for rank, (experience, _) in enumerate(buffer._store.versions)}
     rows = (
-        ((row, ranks[experience]), experience)
+        (row, ranks[experience], experience)
         for row, (question_id, _) in enumerate(questions)
         for experience in buffer.completions(question_id)
     )
     # Split by byte, log-probabilities compress better and several times faster.
     encoding = {"behavior_per_token_logps.list.element": "BYTE_STREAM_SPLIT"}
     with _writer(directory / COMPLETIONS_FILE, COMPLETION_SCHEMA, column_encoding=encoding) as file:
-        for keys, experiences in in_batches(rows):
-            columns = [pa.array(values, pa.int64()) for values in zip(*keys, strict=True)]
-            file.write_batch(pa.record_batch(columns + experiences_to_arrays(experiences), schema=COMPLETION_SCHEMA))
+        for batch in bounded(rows, lambda row: bytes_of(row[2])):
+            *keys, experiences = zip(*batch, strict=True)
+            details = [experience.details for experience in experiences]
+            for of in filter(None, details):
+                images.update((image.digest, image) for image in of.images)
+            columns = [pa.array(values, pa.int64()) for values in keys]
+            columns += experiences_to_arrays(experiences) + details_to_arrays(details)
+            file.write_batch(pa.record_batch(columns, schema=COMPLETION_SCHEMA))
+    write_images(directory / IMAGES_FILE, images.values())
 
     with _writer(directory / RETIRED_FILE, RETIRED_SCHEMA) as file:
         file.write_batch(pa.record_batch([pa.array(list(buffer.retired), pa.string())], schema=RETIRED_SCHEMA))
 
     (directory / METADATA_FILE).write_text(metadata_text(_described(buffer), directory), encoding="ascii")
     for name in (*DATA_FILES, METADATA_FILE):
-        _sync(directory / name)
+        sync(directory / name)
 
 
 def _described(buffer: ExperienceBuffer) -> dict[str, Any]:
@@ -188,10 +196,11 @@ def _writer(file: Path, schema: pa.Schema, **kwargs: Any) -> pq.ParquetWriter:
 
 def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     metadata = read_metadata(directory)
-    for name in DATA_FILES:
+    version = metadata["schema_version"]
+    for name in data_files(version):
         if not (directory / name).is_file():
             fail(directory, f"has no {name}. {RESUME_HINT}")
-    for name, size, digest in digests(directory):
+    for name, size, digest in digests(directory, data_files(version)):
         expected = metadata["files"][name]
         if size != expected["bytes"]:
             fail(directory, f"is damaged: {name} has {size} bytes instead of {expected['bytes']}. {RESUME_HINT}")
@@ -204,20 +213,23 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     counts = metadata["counts"]
     buffer.num_evicted, buffer.num_duplicates = counts["evicted"], counts["duplicates"]
 
+    images = read_images(directory / IMAGES_FILE) if IMAGES_FILE in data_files(version) else {}
     questions = [
-        (Question(row["question_id"], decode_example(row["example"])), row["bucket"])
+        (Question(row["question_id"], example_from_text(row["example"], images)), row["bucket"])
         for batch in _row_groups(directory / QUESTIONS_FILE, QUESTION_SCHEMA)
         for row in batch.to_pylist()
     ]
     completions: list[list[Experience]] = [[] for _ in questions]
     by_age: list[tuple[Experience, str] | None] = [None] * counts["completions"]
-    written = COMPLETION_SCHEMA
-    if metadata["schema_version"] < 2:
-        written = pa.schema([field for field in COMPLETION_SCHEMA if field.name not in LATER_COLUMNS])
+    written = pa.schema([field for field in COMPLETION_SCHEMA if _ADDED_IN.get(field.name, 1) <= version])
     for batch in _row_groups(directory / COMPLETIONS_FILE, written):
-        batch = with_later_columns(batch)
-        rows, ranks = batch.column("question").to_pylist(), batch.column("age_rank").to_pylist()
-        for row, rank, experience in zip(rows, ranks, experiences_from_table(batch), strict=True):
+        table = with_later_columns(batch, COMPLETION_SCHEMA)
+        num_tokens = pc.list_value_length(array_of(table, "token_ids")).to_numpy(zero_copy_only=False)
+        details = details_from_columns(
+            {name: array_of(table, name) for name in DETAIL_SCHEMA.names}, num_tokens, images
+        )
+        rows, ranks = table.column("question").to_pylist(), table.column("age_rank").to_pylist()
+        for row, rank, experience in zip(rows, ranks, experiences_from_table(table, details), strict=True):
             completions[row].append(experience)
             by_age[rank] = (experience, questions[row][0].question_id)
     retired = [
@@ -256,31 +268,3 @@ def _refuse_foreign(target: Path) -> None:
     )
     if foreign is not None:
         fail(target, f"cannot be saved there: {foreign} is not part of one. Choose another path.")
-
-
-def _rename(source: Path, target: Path) -> None:
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        if error.errno not in _CANNOT_RENAME_DIRECTORY:
-            raise
-        shutil.copytree(source, target)
-        shutil.rmtree(source)
-
-
-def _sync(path: Path) -> None:
-    """Make what was written durable, as far as the file system can."""
-    is_directory = path.is_dir()
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        if is_directory and error.errno in _CANNOT_SYNC_DIRECTORY:
-            return
-        raise
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (_CANNOT_SYNC_DIRECTORY if is_directory else _CANNOT_SYNC):
-            raise
-    finally:
-        os.close(descriptor)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from ..records import Experience
+from ..rollout_details import RolloutDetails
+from ..values import referenced_digests
+from .image_pool import images_in
 from .store import Store
 
 
@@ -24,6 +28,8 @@ def violations(
             yield f"question {question_id!r} is stored and retired"
         if question_id not in store.buckets.get(stored.bucket, ()):
             yield f"question {question_id!r} is not in its bucket {stored.bucket}"
+        if not all(image in store.images for image in images_in(stored.question.example)):
+            yield f"question {question_id!r} has an image that the buffer has not, or has twice"
         if not stored.completions:
             yield f"question {question_id!r} has no completion"
         if len(stored.completions) > (max_completions_per_question or len(stored.completions)):
@@ -35,6 +41,8 @@ def violations(
                 yield f"a completion of question {question_id!r} has tokens that are not its own"
             if experience not in store.versions:
                 yield f"a completion of question {question_id!r} has no policy version"
+            if experience.details is not None:
+                yield from _violations_of_details(question_id, experience, store)
     if (completions, tokens) != (store.num_completions, store.num_tokens):
         yield f"{store.num_completions} completions with {store.num_tokens} tokens are counted, there are " + (
             f"{completions} with {tokens}"
@@ -56,3 +64,16 @@ def violations(
             store.questions[question_id].completions.get(experience.token_bytes) is not experience
         ):
             yield f"a policy version holds a completion that question {question_id!r} does not have"
+
+
+def _violations_of_details(question_id: str, experience: Experience, store: Store) -> Iterator[str]:
+    details = experience.details or RolloutDetails()
+    runs = details.run_lengths
+    if len(runs) and ((runs < 0).any() or runs.sum() != experience.num_tokens):
+        yield f"a completion of question {question_id!r} says who wrote {runs.sum()} of {experience.num_tokens} tokens"
+    if not all(image in store.images for image in details.images):
+        yield f"a completion of question {question_id!r} has an image that the buffer has not, or has twice"
+    texts = (details.messages_text, details.prompt_text, details.fields_text)
+    digests = {digest for text in texts if text is not None for digest in referenced_digests(text)}
+    if missing := digests - {image.digest for image in details.images}:
+        yield f"a completion of question {question_id!r} refers to the images {sorted(missing)}, which it has not"

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..records import ExperienceBufferError
 
 # 1: completions do not know the tokens of their prompt.
-SCHEMA_VERSION = 2
+# 2: neither rollouts of several turns nor images.
+SCHEMA_VERSION = 3
 METADATA_FILE = "metadata.json"
 QUESTIONS_FILE = "questions.parquet"
 COMPLETIONS_FILE = "completions.parquet"
 RETIRED_FILE = "retired.parquet"
-DATA_FILES = (QUESTIONS_FILE, COMPLETIONS_FILE, RETIRED_FILE)
+IMAGES_FILE = "images.parquet"
+DATA_FILES = (QUESTIONS_FILE, COMPLETIONS_FILE, RETIRED_FILE, IMAGES_FILE)
 
 _NO_CHECKSUM = '"checksum": ""'
 RESUME_HINT = "Resume from an earlier checkpoint, or put an empty buffer in its place: ExperienceBuffer().save(PATH)."
@@ -55,16 +57,21 @@ def metadata_text(of_buffer: Mapping[str, Any], directory: Path) -> str:
         "checksum": "",
         "schema_version": SCHEMA_VERSION,
         "package_version": _package_version(),
-        "files": {name: {"bytes": size, "sha256": digest} for name, size, digest in digests(directory)},
+        "files": {name: {"bytes": size, "sha256": digest} for name, size, digest in digests(directory, DATA_FILES)},
         **of_buffer,
     }
     text = json.dumps(metadata, indent=2)
     return text.replace(_NO_CHECKSUM, f'"checksum": "{_sha256(text)}"', 1)
 
 
-def digests(directory: Path) -> Iterator[tuple[str, int, str]]:
-    """Name, size in bytes and SHA-256 of each data file."""
-    for name in DATA_FILES:
+def data_files(schema_version: int) -> tuple[str, ...]:
+    """The data files of a buffer of that version."""
+    return DATA_FILES if schema_version >= 3 else DATA_FILES[:-1]
+
+
+def digests(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, int, str]]:
+    """Name, size in bytes and SHA-256 of data files."""
+    for name in names:
         digest, size = hashlib.sha256(), 0
         with open(directory / name, "rb") as file:
             while block := file.read(2**20):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..records import Experience, Question
+from .image_pool import ImagePool
 from .indices import Bucket, VersionIndex
 
 
@@ -26,6 +27,7 @@ class Store:
         self.questions: dict[str, StoredQuestion] = {}
         self.buckets: dict[int, Bucket] = {}
         self.versions = VersionIndex()
+        self.images = ImagePool()
         self.num_completions = 0
         self.num_tokens = 0
 
@@ -33,20 +35,20 @@ class Store:
         """
         Store what is new among the completions of a question and put the question, if stored, into the bucket.
 
-        Returns the numbers of completions that were new and that were not.
+        Returns the numbers of completions that were new and that were not. Images of a new question are encoded.
         """
         question_id = question.question_id
         stored = self.questions.get(question_id)
         num_new = num_duplicates = 0
         for experience in experiences:
             if stored is None:
-                stored = self.questions[question_id] = StoredQuestion(question, bucket)
+                stored = self.questions[question_id] = StoredQuestion(self.images.question(question), bucket)
                 self.buckets.setdefault(bucket, Bucket()).add(question_id)
             if experience.token_bytes in stored.completions:
                 num_duplicates += 1
                 continue
             # One object under two questions would be one entry of the index.
-            unique = replace(experience) if experience in self.versions else experience
+            unique = replace(experience) if experience in self.versions else self.images.experience(experience)
             stored.completions[unique.token_bytes] = unique
             self.versions.add(unique, question_id)
             self.num_completions += 1
@@ -57,6 +59,10 @@ class Store:
             self.buckets.setdefault(bucket, Bucket()).add(question_id)
             stored.bucket = bucket
         return num_new, num_duplicates
+
+    def update(self, question: Question) -> None:
+        """Replace the row of a stored question."""
+        self.questions[question.question_id].question = self.images.question(question)
 
     def find(self, question_id: str, experience: Experience) -> Experience | None:
         """The stored completion of a question with the same tokens."""
@@ -77,9 +83,15 @@ class Store:
     def restore(
         self, questions: Iterable[tuple[Question, int, Sequence[Experience]]], by_age: Iterable[tuple[Experience, str]]
     ) -> None:
-        """Fill an empty store so that every order is as it was: of bucket, question and policy version."""
+        """
+        Fill an empty store so that every order is as it was: of bucket, question and policy version.
+
+        Images that are equal are the same object already.
+        """
         for question, bucket, experiences in questions:
-            stored = self.questions[question.question_id] = StoredQuestion(question, bucket)
+            stored = self.questions[question.question_id] = StoredQuestion(self.images.question(question), bucket)
+            for experience in experiences:
+                self.images.experience(experience)  # for its images alone: it is in `by_age`, too
             stored.completions.update((experience.token_bytes, experience) for experience in experiences)
             self.buckets.setdefault(bucket, Bucket()).add(question.question_id)
             self.num_completions += len(experiences)

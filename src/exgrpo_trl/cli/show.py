@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..buffer import ExperienceBuffer
+from ..buffer.image_pool import images_in
 from ..buffer.locations import find_buffer
 from ..buffer.metadata import read_metadata
+from ..images import StoredImage
 
 HELP = "summary of a saved experience buffer"
 BAR_WIDTH = 40
@@ -43,19 +46,42 @@ def summarize(path: Path) -> dict[str, Any]:
     buffer = ExperienceBuffer.load(directory)
     metadata = read_metadata(directory)
     versions = [experience.policy_version for _, _, experience in buffer.items()]
+    rollouts = [experience for _, _, experience in buffer.items() if experience.details is not None]
+    sizes = {image.digest: len(image.content) for image in _images_of(buffer)}
+    counts = {
+        **metadata["counts"],
+        "several_turns": sum(experience.num_model_tokens < experience.num_tokens for experience in rollouts),
+        "images": len(sizes),
+        "image_bytes": sum(sizes.values()),
+    }
     return {
         "path": str(directory),
-        **{name: metadata[name] for name in ("schema_version", "package_version", "counts")},
+        **{name: metadata[name] for name in ("schema_version", "package_version")},
+        "counts": counts,
         "buckets": {str(bucket): len(question_ids) for bucket, question_ids in buffer.buckets().items()},
         "policy_versions": {"oldest": min(versions), "newest": max(versions)} if versions else None,
         **{name: metadata[name] for name in ("settings", "provenance", "replay_state")},
     }
 
 
+def _images_of(buffer: ExperienceBuffer) -> Iterator[StoredImage]:
+    for question_ids in buffer.buckets().values():
+        for question_id in question_ids:
+            yield from images_in(buffer.question(question_id).example)
+            for experience in buffer.completions(question_id):
+                yield from experience.details.images if experience.details is not None else ()
+
+
 def _print(summary: dict[str, Any], console: Console) -> None:
     versions = summary["policy_versions"]
+    counts = dict(summary["counts"])
+    of_rollouts = {
+        "completions of several turns": f"{counts.pop('several_turns'):,}",
+        "images": f"{counts.pop('images'):,} ({counts.pop('image_bytes') / 1e6:.1f} MB)",
+    }
     values = {
-        **{name: f"{count:,}" for name, count in summary["counts"].items()},
+        **{name: f"{count:,}" for name, count in counts.items()},
+        **{name: text for name, text in of_rollouts.items() if not text.startswith("0")},
         "policy versions": f"{versions['oldest']} to {versions['newest']}" if versions else "none",
         **summary["settings"],
     }

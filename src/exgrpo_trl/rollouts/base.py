@@ -11,33 +11,51 @@ import numpy as np
 from ..batch import Batch
 from ..records import Experience
 
-# Generates from prompt token ids and further fields of the same rows; returns completion token ids, log-probabilities
-# of what sampled them (or None) and more.
-Generate = Callable[[Sequence[Any], Mapping[str, Sequence[Any]]], tuple[Any, ...]]
+# Generates from prompt token ids, images and further fields of the same rows; returns completion token ids,
+# log-probabilities of what sampled them (or None) and more.
+Generate = Callable[[Sequence[Any], Any, Mapping[str, Any]], tuple[Any, ...]]
 
 
 class Rollouts(ABC):
-    """Completions of a batch: what generates is asked for fresh rows only, stored completions take the others."""
+    """
+    Completions of a batch: what generates is asked for fresh rows only, stored completions take the others.
+
+    Args:
+        stand_in (`list[int]`, *optional*):
+            Token ids that take the place of a stored completion for the time being, where it has to be kept from what
+            follows the first turn. By default it takes its place at once.
+    """
+
+    def __init__(self, stand_in: list[int] | None = None) -> None:
+        self.stand_in = stand_in
 
     def __call__(
         self,
         generate: Generate,
         prompt_ids: Sequence[Any],
-        multimodal_fields: Mapping[str, Sequence[Any]],
+        images: Any,
+        multimodal_fields: Mapping[str, Any],
         batch: Batch,
     ) -> tuple[Any, ...]:
         """What `generate` returns, for all rows of this process."""
-        completion_ids, logps, *rest = self.generate_fresh(generate, prompt_ids, multimodal_fields, batch)
+        completion_ids, logps, *rest = self.generate_fresh(generate, prompt_ids, images, multimodal_fields, batch)
         if logps is not None:
             batch.without_logps = {position for position, of_row in enumerate(logps) if lacks_logps(of_row)}
-        return *put_stored(completion_ids, logps, batch.stored), *rest
+        if self.stand_in is None:
+            return *put_stored(completion_ids, logps, batch.stored), *rest
+        for position in batch.stored:
+            completion_ids[position] = list(self.stand_in)
+            if logps is not None:
+                logps[position] = [0.0] * len(self.stand_in)
+        return completion_ids, logps, *rest
 
     @abstractmethod
     def generate_fresh(
         self,
         generate: Generate,
         prompt_ids: Sequence[Any],
-        multimodal_fields: Mapping[str, Sequence[Any]],
+        images: Any,
+        multimodal_fields: Mapping[str, Any],
         batch: Batch,
     ) -> tuple[Any, ...]:
         """What `generate` returns, with an empty completion in each row that a stored one takes."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..batch import Batch
 from .base import Generate, Rollouts
+from .pixels import fields_of_rows
 
 
 class SingleTurnRollouts(Rollouts):
@@ -16,13 +17,17 @@ class SingleTurnRollouts(Rollouts):
         self,
         generate: Generate,
         prompt_ids: Sequence[Any],
-        multimodal_fields: Mapping[str, Sequence[Any]],
+        images: Any,
+        multimodal_fields: Mapping[str, Any],
         batch: Batch,
     ) -> tuple[Any, ...]:
         stored = batch.stored
         # At least one, because the other processes may wait for this one to generate; it is dropped.
         rows = [row for row in range(len(prompt_ids)) if row not in stored] or [0]
-        fields = {name: [field[row] for row in rows] for name, field in multimodal_fields.items()}
-        completion_ids, *rest = generate([prompt_ids[row] for row in rows], fields)
+        fields = fields_of_rows(multimodal_fields, rows, images, len(prompt_ids))
+        if fields is None:  # nobody knows which pixels are whose
+            rows, fields = list(range(len(prompt_ids))), multimodal_fields
+        of_rows = None if images is None else [images[row] for row in rows]
+        completion_ids, *rest = generate([prompt_ids[row] for row in rows], of_rows, fields)
         fresh = dict(zip(rows, completion_ids, strict=True))
         return [[] if row in stored else fresh[row] for row in range(len(prompt_ids))], *rest

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..batch import Batch
+from ..batch import Batch, loss_mask
 from ..processes import Processes
 from .base import Generate, Rollouts
 
@@ -20,7 +20,10 @@ _FIELDS = ("completion_ids", "logprobs")
 class VLLMRollouts(Rollouts):
     """Keeps the rows of stored completions from vLLM, whose answer TRL cuts into parts of equal length."""
 
-    def __init__(self, vllm: Any, processes: Processes, tensor_parallel_size: int) -> None:
+    def __init__(
+        self, vllm: Any, processes: Processes, tensor_parallel_size: int, stand_in: list[int] | None = None
+    ) -> None:
+        super().__init__(stand_in)
         self.vllm = vllm
         self.processes = processes
         # A server generates for all processes, an engine for those that share it.
@@ -32,26 +35,31 @@ class VLLMRollouts(Rollouts):
         self,
         generate: Generate,
         prompt_ids: Sequence[Any],
-        multimodal_fields: Mapping[str, Sequence[Any]],
+        images: Any,
+        multimodal_fields: Mapping[str, Any],
         batch: Batch,
     ) -> tuple[Any, ...]:
         first_row = self.first_process * len(prompt_ids)
+        # TRL asks a server for one prompt of each group; environments may show another to each rollout.
+        own = prompt_ids if self.processes.count == 1 and batch.shows_own_prompts else None
         with (
             self.processes.together("generating completions"),
-            fresh_rows_only(self.vllm, batch.stored_rows, first_row),
+            fresh_rows_only(self.vllm, batch.stored_rows, first_row, own),
         ):
-            return generate(prompt_ids, multimodal_fields)
+            return generate(prompt_ids, images, multimodal_fields)
 
 
 @contextmanager
-def fresh_rows_only(vllm: Any, stored_rows: Collection[int], first_row: int) -> Iterator[None]:
+def fresh_rows_only(
+    vllm: Any, stored_rows: Collection[int], first_row: int, own_prompts: Sequence[Any] | None = None
+) -> Iterator[None]:
     """
     Keep the rows of stored completions from vLLM while the block generates whole groups.
 
     TRL cuts the answer of a server, and that of engines in tensor parallelism, into parts of equal length for the
     processes, so that it must be asked for all rows. What reaches vLLM itself are the fresh rows; in the answer, a
     stored row has an empty completion. A failure of vLLM is raised at the end of the block, when no process waits for
-    an answer any more.
+    an answer any more. A server is asked with `own_prompts`, where they are given, in the place of one for each group.
     """
     name = ENGINES[vllm.mode]
     engine = getattr(vllm, name, None)
@@ -59,6 +67,7 @@ def fresh_rows_only(vllm: Any, stored_rows: Collection[int], first_row: int) -> 
         yield
         return
     fresh = (_FreshFromServer if vllm.mode == "server" else _FreshFromEngine)(engine, stored_rows, first_row)
+    fresh.own_prompts = own_prompts
     setattr(vllm, name, fresh)
     try:
         yield
@@ -78,6 +87,7 @@ class _Fresh:
         self._engine = engine
         self._stored_rows = stored_rows
         self._first_row = first_row
+        self.own_prompts: Sequence[Any] | None = None
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -105,10 +115,22 @@ class _FreshFromServer(_Fresh):
         num_rows = len(prompts) * n
         rows = self._fresh_rows(num_rows)
         # A request has one `n` for all of its prompts.
-        asked, num_each = (prompts, n) if len(rows) == num_rows else ([prompts[row // n] for row in rows], 1)
+        if len(rows) == num_rows and self.own_prompts is None:
+            asked, num_each, of_prompts = prompts, n, {}
+        else:
+            asked, num_each = (
+                [prompts[row // n] if self.own_prompts is None else self.own_prompts[row] for row in rows],
+                1,
+            )
+            # Images, or features of them: one entry for each prompt.
+            of_prompts = {
+                name: [value[row // n] for row in rows]
+                for name, value in kwargs.items()
+                if isinstance(value, list) and len(value) == len(prompts)
+            }
 
         def generate() -> list[Any]:
-            answer = self._engine.generate(prompts=asked, n=num_each, **kwargs)
+            answer = self._engine.generate(prompts=asked, n=num_each, **kwargs | of_prompts)
             return list(zip(*(answer[field] for field in _FIELDS), strict=True))
 
         nothing: tuple[list[Any], ...] = tuple([] for _ in _FIELDS)
@@ -154,7 +176,7 @@ def sampling_metrics(
     by_sequence: bool,
 ) -> dict[str, float]:
     """TRL's metrics of the distance between sampler and policy, of fresh rows alone. Called by all processes."""
-    mask = output["completion_mask"].bool() & is_fresh.unsqueeze(1)
+    mask = loss_mask(output).bool() & is_fresh.unsqueeze(1)
     differences = (output["old_per_token_logps"] - output["sampling_per_token_logps"]).abs()[mask]
     differences = differences[~differences.isnan()]
     ratios = output["importance_sampling_ratio"][is_fresh if by_sequence else mask].flatten()

@@ -279,6 +279,8 @@ def show_replayed(
     the log importance ratios of the replayed tokens (or sequences), shape `(N,)`, `None` if no row is replayed.
     """
     is_replayed, mask = inputs["is_replayed"], inputs["completion_mask"].bool()
+    if "tool_mask" in inputs:  # what tools said is neither weighted nor counted in a ratio
+        mask = mask & inputs["tool_mask"].bool()
     if not is_replayed.any():
         return None
     log_ratio = importance_log_ratio(per_token_logps, inputs["behavior_per_token_logps"], mask, level)

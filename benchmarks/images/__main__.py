@@ -1,0 +1,92 @@
+"""
+What rollouts of several turns and images cost: 10,000 rollouts with images, saved and loaded.
+
+    python -m benchmarks.images --output benchmarks/results/images.json
+    python -m benchmarks.images --short
+
+Beside it, what pyarrow alone takes for the same columns, in turn with it, and what it takes to record a rollout of
+4,000 tokens and 8 turns and to read it back. Loading and reading have processes of their own, as a resume is one.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fresh_process import in_a_fresh_process
+from benchmarks.images.measure import IN_TURN, LONG_TOKENS, TURNS, saved, seconds_to_load, seconds_to_read
+from benchmarks.report import Target, middle, show, show_targets, with_spread, write
+
+ROLLOUTS = 10_000
+COLUMNS = ["rollouts", "MB", "save, s", "pyarrow, s", "load, s", "pyarrow, s", "long rollout, ms"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="once, with 1,000 rollouts")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/images.json"))
+    arguments = parser.parse_args()
+    num_rollouts, repetitions = (1000, 1) if arguments.short else (ROLLOUTS, arguments.repetitions)
+    results = []
+    for _ in range(repetitions):
+        with tempfile.TemporaryDirectory() as folder:
+            result = in_a_fresh_process(saved, num_rollouts, folder) | {"load_seconds": [], "parquet_read_seconds": []}
+            for _ in range(IN_TURN):
+                result["load_seconds"].append(in_a_fresh_process(seconds_to_load, folder))
+                result["parquet_read_seconds"].append(in_a_fresh_process(seconds_to_read, folder))
+            results.append(result)
+    show(f"{num_rollouts:,} rollouts with images", COLUMNS, [row_of(result) for result in results])
+    targets = targets_of(results)
+    show_targets(targets)
+    settings = {"short": arguments.short, "repetitions": repetitions, "rollouts": num_rollouts}
+    write(arguments.output, settings=settings, results=results, targets=targets)
+
+
+def row_of(result: dict[str, Any]) -> list[str]:
+    """Row of the table."""
+    numbers = ("save_seconds", "parquet_write_seconds", "load_seconds", "parquet_read_seconds")
+    return [
+        f"{result['rollouts']:,}",
+        f"{result['bytes_on_disk'] / 1e6:.0f}",
+        *(middle(result[name]) for name in numbers),
+        middle(result["long_rollout_milliseconds"], 3),
+    ]
+
+
+def targets_of(results: list[dict[str, Any]]) -> list[Target]:
+    """What was aimed at."""
+    targets = []
+    for what, alone in (("save", "write"), ("load", "read")):
+        seconds = np.array([np.median(result[f"{what}_seconds"]) for result in results])
+        ratio = seconds / [np.median(result[f"parquet_{alone}_seconds"]) for result in results]
+        targets.append(
+            Target(
+                f"{what} of {results[0]['rollouts']:,} rollouts with images",
+                "at the speed of Parquet: at most 2 times pyarrow alone",
+                f"{with_spread(seconds)} s, {with_spread(ratio)} times",
+                bool(ratio.mean() <= 2),
+                "checksums, objects, validation",
+            )
+        )
+    times = [time for result in results for time in result["long_rollout_milliseconds"]]
+    targets.append(
+        Target(
+            f"record a rollout of {LONG_TOKENS:,} tokens and {TURNS} turns, and read it back",
+            "at most 0.5 ms",
+            f"{middle(times, 3)} ms",
+            bool(np.median(times) <= 0.5),
+            "JSON of the messages",
+        )
+    )
+    return targets
+
+
+if __name__ == "__main__":
+    main()

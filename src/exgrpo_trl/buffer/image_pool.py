@@ -1,0 +1,60 @@
+"""The images of a buffer in memory: each one once, however many questions and completions share it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from weakref import WeakValueDictionary
+
+from ..images import StoredImage, map_images, stored
+from ..records import Experience, Question
+
+
+class ImagePool:
+    """Images by digest, as long as something refers to them."""
+
+    def __init__(self) -> None:
+        self._images: WeakValueDictionary[str, StoredImage] = WeakValueDictionary()
+
+    def __contains__(self, image: StoredImage) -> bool:
+        """Whether it is this very object that the pool has under its digest."""
+        return self._images.get(image.digest) is image
+
+    def question(self, question: Question) -> Question:
+        """
+        The question with the images of the pool in the place of its own; the same object if it has none.
+
+        Raises:
+            ValueError: if an image cannot be stored.
+        """
+        example = stored(question.example, self._images)
+        return question if example is question.example else Question(question.question_id, example)
+
+    def experience(self, experience: Experience) -> Experience:
+        """The completion with the images of the pool; the same object where it has no others."""
+        if experience.details is None or not experience.details.images:
+            return experience
+        images = tuple(self._images.setdefault(image.digest, image) for image in experience.details.images)
+        if all(pooled is own for pooled, own in zip(images, experience.details.images, strict=True)):
+            return experience
+        return replace(experience, details=replace(experience.details, images=images))
+
+    # Weak references cannot be copied.
+    def __getstate__(self) -> list[StoredImage]:
+        return list(self._images.values())
+
+    def __setstate__(self, images: list[StoredImage]) -> None:
+        self._images = WeakValueDictionary((image.digest, image) for image in images)
+
+
+def images_in(value: Any) -> list[StoredImage]:
+    """The stored images in a dataset row, in order."""
+    found: list[StoredImage] = []
+
+    def note(image: Any) -> Any:
+        if isinstance(image, StoredImage):
+            found.append(image)
+        return image
+
+    map_images(value, note)
+    return found
