@@ -6,7 +6,7 @@ Train a tiny language model as an agent, with experience replay: by calling tool
 needs neither a GPU nor a hub, and takes TODO minutes on one core. First the model imitates a poor player, so that it
 knows how to call tools but seldom gets out; then `ExGRPOTrainer` trains it in the environment `Maze`. Successes are
 rare at first, so most groups teach nothing; replay makes more of the few that do. `--replay_fraction 0` is plain GRPO.
- Every field of `ExGRPOConfig` is a flag, and `--config file.yaml` reads them from a file.
+Every field of `ExGRPOConfig` is a flag, and `--config file.yaml` reads them from a file.
 
 The file reads from top to bottom: environment, model, imitation, training. For an agent of yours, replace the first
 three. A model that knows how to call tools needs no imitation.
@@ -103,6 +103,8 @@ class Maze:
 
 def mazes(num_train: int, num_held_out: int, seed: int) -> tuple[Dataset, Dataset]:
     """Mazes to train on, and others to measure on."""
+    if num_train + num_held_out > (most := sum(len(SIGNS) ** length for length in LENGTHS)):
+        raise SystemExit(f"There are {most} mazes, fewer than --num_train and --num_held_out ask for.")
     rng = np.random.default_rng(seed)
     routes: dict[str, None] = {}  # in the order in which they were drawn, each of them once
     while len(routes) < num_train + num_held_out:
@@ -113,7 +115,7 @@ def mazes(num_train: int, num_held_out: int, seed: int) -> tuple[Dataset, Datase
 
 
 # ----------------------------------------------------------------------------------------------------
-# The model: a Llama of 100,000 parameters whose tokens are whole pieces of tool calls.
+# The model: a Llama of 90,000 parameters whose tokens are whole pieces of tool calls.
 # ----------------------------------------------------------------------------------------------------
 
 # "generation" marks what the model says, which is what it is to imitate.
@@ -281,7 +283,7 @@ def parse_arguments() -> tuple[Arguments, ExGRPOConfig]:
 
 
 class Progress(TrainerCallback):
-    """A line for every log line."""
+    """A line of text for what is logged."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -326,7 +328,8 @@ def main() -> None:
     trainer.add_callback(Progress)
     before = success_rate(trainer)
     start, Maze.num_steps = time.perf_counter(), 0
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    resume = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=resume in ("True", "true") or resume)
     seconds, num_steps = time.perf_counter() - start, Maze.num_steps
     trainer.save_model()
     after = success_rate(trainer)

@@ -92,6 +92,7 @@ def imitation_folder(seed: int) -> Path:
     folder = IMITATIONS / f"agents-imitation-{seed}"
     if not folder.exists():
         torch.set_num_threads(1)
+        transformers_logging.disable_progress_bar()
         arguments, tokenizer = Arguments(), make_tokenizer()
         model = make_model(tokenizer, seed)
         train, _ = mazes(NUM_TRAIN, NUM_HELD_OUT, seed)
@@ -147,6 +148,7 @@ def finish(run: Run, folder: Path) -> str:
     """Make a run and keep it; returns a line that says what came of it."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     result = train(run)
     folder.mkdir(parents=True, exist_ok=True)
     file = run.file(folder)
