@@ -5,8 +5,8 @@ Train a tiny language model as an agent, with experience replay: by calling tool
 
 needs neither a GPU nor a hub, and takes less than ten minutes on one core. First the model imitates a poor player, so
 that it knows how to call tools but seldom gets out; then `ExGRPOTrainer` trains it in the environment `Maze`.
-Successes are rare at first, so most groups teach nothing; replay makes more of the few that do. `--replay_fraction 0` is
-plain GRPO. Every field of `ExGRPOConfig` is a flag, and `--config file.yaml` reads them from a file.
+Successes are rare at first, so most groups teach nothing; replay makes more of the few that do. `--replay_fraction 0`
+is plain GRPO. Every field of `ExGRPOConfig` is a flag, and `--config file.yaml` reads them from a file.
 
 The file reads from top to bottom: environment, model, imitation, training. For an agent of yours, replace the first
 three. A model that knows how to call tools needs no imitation.
