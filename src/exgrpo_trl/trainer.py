@@ -76,7 +76,8 @@ class ExGRPOTrainer(GenerationHooks):
 
     A drop-in replacement for [`~trl.GRPOTrainer`]: a share of the questions of every generation batch is replayed. The
     group of a replayed question holds one stored success, weighted by importance, and `num_generations - 1` fresh
-    completions.
+    completions. Rollouts of tools, environments and rollout functions are replayed whole, without a call or a reset;
+    completions about images are replayed, too.
 
     Example:
 
@@ -96,8 +97,8 @@ class ExGRPOTrainer(GenerationHooks):
 
     Args:
         model, reward_funcs, args, ...:
-            As for [`~trl.GRPOTrainer`], whose further arguments are passed on, `peft_config` included. `args` is an
-            [`ExGRPOConfig`].
+            As for [`~trl.GRPOTrainer`], whose further arguments are passed on: `peft_config`, `tools`,
+            `environment_factory`, `rollout_func` and all others. `args` is an [`ExGRPOConfig`].
         experience_buffer ([`ExperienceBuffer`], `str` or `PathLike`, *optional*):
             Buffer to replay from and to collect into, for example one that is filled already, or the path of a saved
             one: its directory, a checkpoint, or the directory of a run. By default an empty one.
@@ -123,8 +124,12 @@ class ExGRPOTrainer(GenerationHooks):
 
     Raises:
         `NotImplementedError`:
-            When something cannot work with replay or with the installed TRL (below 1.14: Liger's loss, and tools with
-            a vLLM server).
+            When something cannot work with replay (tensor, context and sequence parallelism, unknown loss types, and
+            tools or environments on several processes with a vLLM server or vLLM's tensor parallelism) or with the
+            installed TRL (Liger's loss below 1.14; tools or environments with a vLLM server below 1.14.1).
+        `TypeError`:
+            When the dataset has a column that cannot be stored, `args` is no [`ExGRPOConfig`], or something else than
+            a buffer or a strategy is given as one.
         `ValueError`:
             When the configuration, the question ids or the buffer do not fit together.
     """
