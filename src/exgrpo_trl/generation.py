@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from .batch import Batch, loss_mask
 from .compatibility import GENERATING, naming_overrides, overridden, wrapped, wrapped_value
 from .processes import Processes
-from .prompts import Prompts, images_of
+from .prompts import images_of
 from .replayer import Replayer
 from .rewards import keeping_stored
 from .rollouts import Rollouts
@@ -39,13 +39,8 @@ class GenerationHooks(GRPOTrainer):
 
     replayer: Replayer
     _processes: Processes
-    _prompts: Prompts
     _rollouts: Rollouts
-    _stand_in: list[int] | None
     _is_replay_enabled: bool
-    _has_environments: bool
-    _has_rollout_func: bool
-    _num_reward_funcs: int
 
     @property
     def _generated_batch(self) -> Batch | None:
@@ -107,7 +102,7 @@ class GenerationHooks(GRPOTrainer):
 
         output = self._rollouts(generate, prompt_ids, images, multimodal_fields, batch)
         # Later turns are those of the rows that called a tool; where there are none, there is no later turn.
-        batch.is_first_turn = self._stand_in is None
+        batch.is_first_turn = self._rollouts.stand_in is None
         return output
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,9 +154,18 @@ class GenerationHooks(GRPOTrainer):
                 trainer,
                 batch=batch,
                 fresh_only=self.args.rollout_fresh_only,
-                stand_in=self._stand_in,
+                stand_in=self._rollouts.stand_in,
                 tokenize=lambda rows: self._tokenize_prompts([prompts[row] for row in rows])[0],
             )
+
+    @property
+    def _has_environments(self) -> bool:
+        factories = getattr(self, "environment_factories", None)  # before TRL 1.8, the environments are made at once
+        return bool(factories or (not hasattr(self, "environment_factories") and self.environments))
+
+    @property
+    def _has_rollout_func(self) -> bool:
+        return self.rollout_func is not None
 
     @property
     def _text_tokenizer(self) -> Any:
@@ -198,7 +202,9 @@ class GenerationHooks(GRPOTrainer):
 
     def _reward_funcs_for(self, batch: Batch) -> list[Any]:
         """Reward functions of a batch: those whose rewards stored rows keep are asked about fresh rows."""
-        first_kept = 0 if self._keeps_rewards else self._num_reward_funcs  # those of an environment cannot be asked
+        # Those that TRL adds for environments cannot be asked again.
+        added = [getattr(f, "__qualname__", "").startswith("GRPOTrainer.__init__.") for f in self.reward_funcs]
+        first_kept = 0 if self._keeps_rewards else [*added, True].index(True)
         if not batch.stored:
             return list(self.reward_funcs)
         return [
@@ -233,10 +239,11 @@ class GenerationHooks(GRPOTrainer):
         return outputs
 
     def _score(self, prompted: Sequence[Prompted]) -> list[Scores]:
+        prompted = [Prompted(*of_one) for of_one in prompted]  # pairs of prompt and completion will do
         pixels: dict[str, Any] = {}
         if any(of_one.row is not None for of_one in prompted):
             (of_one,) = prompted
-            of_one, pixels = self._prompts.with_pixels(of_one)
+            of_one, pixels = self.replayer.prompts.with_pixels(of_one)
             prompted, pixels = [of_one], send_to_device(pixels, self.accelerator.device)
 
         def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> Any:

@@ -185,14 +185,8 @@ class ExGRPOTrainer(GenerationHooks):
             weighting=weighting,
         )
 
-        # Rewards that TRL adds to these are those of environments.
-        given = bound.arguments.get("reward_funcs")
-        self._num_reward_funcs = len(given) if isinstance(given, list) else int(given is not None)
-        self._has_environments = bool(bound.arguments.get("environment_factory"))
-        self._has_rollout_func = bound.arguments.get("rollout_func") is not None
         super().__init__(model, reward_funcs, args, *positional, **keywords)
 
-        self._prompts = Prompts(self)
         questions = self._training_questions()
         self.replayer = Replayer(
             buffer,
@@ -207,21 +201,21 @@ class ExGRPOTrainer(GenerationHooks):
                 args.success_threshold,
                 args.success_reward if self._is_replay_enabled else None,
             ),
-            prompts=self._prompts,
+            prompts=Prompts(self),
             score=self._score,
         )
         if not self._is_replay_enabled:
             return
         # Nobody must read tool calls out of a stored rollout, so that tools go first.
-        self._stand_in = [self._text_tokenizer.eos_token_id] if self.tools else None
-        self._rollouts: Rollouts = SingleTurnRollouts(self._stand_in)
+        stand_in = [self._text_tokenizer.eos_token_id] if self.tools else None
+        self._rollouts: Rollouts = SingleTurnRollouts(stand_in)
         if self.use_vllm:
             check_vllm(self.vllm_generation, is_main=self.accelerator.is_main_process)
             self._rollouts = VLLMRollouts(
                 self.vllm_generation,
                 self._processes,
                 getattr(self, "vllm_tensor_parallel_size", 1),
-                self._stand_in,
+                stand_in,
             )
         self._processes.decide(
             "checking the experience buffer",
@@ -400,14 +394,16 @@ class ExGRPOTrainer(GenerationHooks):
             # The main process goes on to write the state of the trainer, which says that a checkpoint is complete.
             self._processes.wait()
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        self._has_missing_weights = bool(load_result.missing_keys)
-        super()._issue_warnings_after_load(load_result)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._has_missing_weights = False
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self._is_replay_enabled or not self._has_missing_weights or is_peft_model(self.model):
+        missing: list[str] = []
+
+        def note(warn: Callable[[Any], None], load_result: Any) -> None:
+            missing.extend(load_result.missing_keys)
+            warn(load_result)
+
+        with wrapped(self, "_issue_warnings_after_load", note):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._is_replay_enabled or not missing or is_peft_model(self.model):
             return
         # transformers saves some models (LLaVA, Qwen2-VL) under other names than it resumes them from, and goes on
         # with the weights of the start. Loaded as a model, the checkpoint gets the right names.
