@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from datasets import Dataset
@@ -87,6 +88,12 @@ RESPONSE_SCHEMA = {
         },
     },
 }
+
+
+def skip_unless_able(kind: str) -> None:
+    """Skip tools and environments where TRL refuses them; a rollout function needs nothing."""
+    if not kind.startswith("function") and Version(transformers.__version__) < Version("5"):
+        pytest.skip(f"TRL has tools and environments from transformers 5 on, here is {transformers.__version__}")
 
 
 def call_text(name: str, arguments: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ from agents import (
     last_letter_reward,
     room_dataset,
     score_reward,
+    skip_unless_able,
     slow_environment_reward,
 )
 from packaging.version import Version
@@ -119,6 +120,7 @@ class AgentTrainer(ExGRPOTrainer):
 
 
 def options_of(kind, **changes):
+    skip_unless_able(kind)
     options, watched = KINDS[kind]()
     return agent_options(success_threshold=0.5, max_steps=6) | options | changes, watched
 
