@@ -146,7 +146,8 @@ def save_tool_model(folder: Any, seed: int = 0, calls: float = 1.5, ends: float 
         seed,
         vocab_size=len(tokenizer),
         hidden_size=64,
-        max_position_embeddings=512,
+        # More than a prompt, a completion of calls alone and all results: TRL 1.0 trains on results that exceed it.
+        max_position_embeddings=1024,
         initializer_range=0.15,
     )
     model = LlamaForCausalLM.from_pretrained(folder)

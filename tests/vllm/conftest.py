@@ -49,5 +49,5 @@ def server(model_folder, tmp_path_factory):
 def tool_server(tool_model_folder, tmp_path_factory):
     """A server of the tiny model that calls tools."""
     log = tmp_path_factory.mktemp("tool_server") / "log.txt"
-    with started(tool_model_folder, log, max_length=256) as server:
+    with started(tool_model_folder, log, max_length=1024) as server:
         yield server

@@ -107,7 +107,7 @@ def assert_fresh_rows_belong(batches: list[dict[str, Any]]) -> None:
                 else:
                     num_others += 1
                     num_told_apart += distance > 1e-3
-    assert num_told_apart > 0.99 * num_others > 20, f"{num_told_apart} of {num_others} prompts told apart"
+    assert num_told_apart > 0.95 * num_others > 20, f"{num_told_apart} of {num_others} prompts told apart"
 
 
 def assert_replayed_rows_are_left_alone(batches: list[dict[str, Any]], is_corrected: bool = True) -> None:

@@ -74,7 +74,7 @@ def make(request, tool_model_folder, tmp_path):
                 "train_dataset": room_dataset(),
                 "reward_funcs": environment_reward,
             }
-        options = {"vllm_mode": mode, "vllm_max_model_length": 256, "success_threshold": 0.5} | options
+        options = {"vllm_mode": mode, "vllm_max_model_length": 1024, "success_threshold": 0.5} | options
         options = agent_options(model=AutoModelForCausalLM.from_pretrained(tool_model_folder), **options)
         return make_recorder(tmp_path, tool_model_folder, trainer_class=trainer_class, **options)
 
