@@ -47,7 +47,7 @@ test-vllm: $(VENV_VLLM)/.dev  ## Run the tests against a real vLLM, on the newes
 	@if $(VENV_VLLM)/bin/python -c "import vllm" 2> $(VENV_VLLM)/import.log; then set -e -x; \
 		$(VENV_VLLM)/bin/python -m pytest tests/vllm --numprocesses 2 --dist loadgroup; \
 		PYTHONPATH=$(VENV_VLLM)/oldest $(VENV_VLLM)/bin/python -m pytest tests/vllm/test_colocate.py \
-			tests/vllm/test_two_processes.py --numprocesses 2 --dist loadgroup; \
+			tests/vllm/test_two_processes.py tests/vllm/test_turns.py --numprocesses 2 --dist loadgroup; \
 	else echo "SKIPPED: the tests against vLLM. $(VLLM) cannot be installed or imported on this machine:"; \
 		tail -n 5 $(VENV_VLLM)/install.log $(VENV_VLLM)/import.log; fi
 
