@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from exgrpo_trl import Experience, ExperienceBuffer, Question, RolloutDetails, StoredImage
+from exgrpo_trl.buffer.files import load_buffer
+from exgrpo_trl.buffer.metadata import DATA_FILES, digests
 
 GROUP_SIZE = 8
 PER_QUESTION = 4
@@ -89,13 +91,24 @@ def saved(num_rollouts: int, folder: str) -> dict[str, Any]:
 
 def seconds_to_load(folder: str) -> float:
     """Seconds to load the buffer of a folder. Call it in a process of its own, as a resume is one."""
-    return seconds(lambda: ExperienceBuffer.load(Path(folder, "buffer")))
+    return seconds(lambda: load_buffer(Path(folder, "buffer"), ExperienceBuffer))
 
 
 def seconds_to_read(folder: str) -> float:
     """Seconds that pyarrow alone takes to read the same columns. Call it in a process of its own."""
     files = list(Path(folder, "buffer").glob("*.parquet"))
     return seconds(lambda: [read_alone(file) for file in files])
+
+
+def seconds_of_checksums(folder: str) -> float:
+    """Seconds of the checksums alone, which a save and a load take of every byte."""
+    return seconds(lambda: list(digests(Path(folder, "buffer"), DATA_FILES)))
+
+
+def seconds_of_bytes(folder: str) -> float:
+    """Seconds to make a `bytes` object of every image, once they are read."""
+    groups = read_alone(Path(folder, "buffer", "images.parquet"))
+    return seconds(lambda: [group.column("content").to_pylist() for group in groups])
 
 
 def read_alone(file: Path) -> list[pa.Table]:

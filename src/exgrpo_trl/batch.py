@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import find_device, send_to_device
 
-from .examples import packed, placed_row, question_of_row
+from .examples import image_digests, packed, placed_row, question_of_row
 from .images import opened
 from .plan import Plan
 from .records import Experience, Question, Replay, prompt_hash
@@ -147,6 +147,7 @@ class Batch:
     _storable: frozenset[int] = frozenset()
     _prompts: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     _prompt_hashes: dict[int, int] = field(default_factory=dict)
+    _examples: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # a row of each group of this process
 
     # What is planned
 
@@ -215,12 +216,14 @@ class Batch:
             group, slot = divmod(self.first_row + position, self.group_size)
             if group in self.replayed_questions:
                 if group not in examples:  # to decode its images once
+                    self._examples[group] = self.replayed_questions[group].example
                     examples[group] = opened(self.replayed_questions[group].example)
                 stored = placed_row(examples[group], row, self.stored.get(position))
                 # Questions are kept on the CPU; the data loader brings tensors of fresh rows to the device.
                 device = find_device(row)
                 placed.append(stored if device is None else send_to_device(stored, device))
                 continue
+            self._examples.setdefault(group, row)
             if slot == 0:
                 self.questions[group] = question_of_row(row, id_of(row, group))
             placed.append(row)
@@ -438,9 +441,12 @@ class Batch:
     def _prompt_hash(self, position: int) -> int:
         ids, mask = self._prompts
         # Prompts of a group are the same, unless an environment or a function has made them.
-        key = position if self.shows_own_prompts else (self.first_row + position) // self.group_size
+        group = (self.first_row + position) // self.group_size
+        key = position if self.shows_own_prompts else group
         if key not in self._prompt_hashes:
-            self._prompt_hashes[key] = prompt_hash(ids[position][mask[position].bool()].cpu().numpy())
+            own = ids[position][mask[position].bool()].cpu().numpy()
+            # Images of one size have the same tokens.
+            self._prompt_hashes[key] = prompt_hash(own, image_digests(self._examples.get(group, {})))
         return self._prompt_hashes[key]
 
     # What comes of it

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .images import opened, referenced, stored
+from .images import map_images, opened, pixel_digest, referenced, stored
 from .records import Experience, Question
 from .values import copied, from_json, plain, to_json
 
@@ -55,8 +55,9 @@ def encode_example(example: Mapping[str, Any]) -> str:
         example (`Mapping[str, Any]`):
             Row of `str`, `int`, `float` (NaN and infinities too), `complex`, `bool`, `None`, `bytes`, `Decimal`,
             `datetime`, `date`, `time`, `timedelta`, `list`, `tuple`, `dict`, `set` and `frozenset` values, NumPy
-            scalars and arrays, dense torch tensors (which come back on the CPU, without gradient), and pandas'
-            `Timestamp`, `Timedelta`, `NaT` and `NA`; nested to any depth.
+            scalars and arrays, dense torch tensors (which come back on the CPU, without gradient), images
+            (which come back as [`StoredImage`]), and pandas' `Timestamp`, `Timedelta`, `NaT` and `NA`; nested to any
+            depth.
 
     Raises:
         TypeError: if a column holds any other type, subclasses of these included.
@@ -176,6 +177,19 @@ def question_of_row(row: Mapping[str, Any], question_id: str) -> Question:
 def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     """The row with a prompt, None if it has none of its own: environments may own the data."""
     return row if "prompt" in row else row | {"prompt": None}
+
+
+def image_digests(row: Mapping[str, Any]) -> list[str]:
+    """Hashes of the images that a row shows: in its prompt and its image columns."""
+    found: list[str] = []
+
+    def note(image: Any) -> Any:
+        found.append(getattr(image, "digest", None) or pixel_digest(image))
+        return image
+
+    for column in ("prompt", "image", "images"):
+        map_images(row.get(column), note)
+    return found
 
 
 def packed(question: Question) -> Question:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from .buffer import ReplayBuffer
-from .examples import canonical_rest, dataset_question_ids, row_question_id, with_prompt
+from .examples import canonical_rest, dataset_question_ids, image_digests, row_question_id, with_prompt
 from .images import stored
 from .prompts import Shown, has_images
 from .records import UNKNOWN_PROMPT, Experience, Question, prompt_hash
@@ -194,14 +194,27 @@ class Replayable:
         for start in range(0, len(waiting), step):
             some = waiting[start : start + step]
             rendered = self.tokenize([of_one.row for _, of_one in some])
-            hashes |= {key: prompt_hash(ids) for (key, _), ids in zip(some, rendered, strict=True)}
+            hashes |= {
+                key: prompt_hash(ids, image_digests(of_one.example))
+                for (key, of_one), ids in zip(some, rendered, strict=True)
+            }
         return [
             hashes.get(key) if of_one.prompt_ids is None else None for key, of_one in zip(keys, shown, strict=True)
         ]
 
-    def collected(self, question_id: str) -> None:
-        """Take note of new completions of a question: there is something to replay."""
-        self._unusable.discard(question_id)
+    def collected(
+        self, question: Question, new: Sequence[Experience], stored: Callable[[], Sequence[Experience]]
+    ) -> list[Experience]:
+        """
+        Take note of new completions of a question: there is something to replay.
+
+        Returns the stored ones that answer other images, as those of a random transform: they belong to none any more.
+        """
+        self._unusable.discard(question.question_id)
+        if not new or not has_images(question.example):
+            return []
+        now = {experience.prompt_hash for experience in new}
+        return [e for e in stored() if e.prompt_hash not in now and not _has_own_prompt(e)]
 
     def sampler(self, sampler: QuestionSampler) -> QuestionSampler | Callable[..., Sequence[str]]:
         """The sampler, over what may be replayed."""
@@ -212,6 +225,11 @@ class Replayable:
     def completions(self, experiences: Sequence[Experience]) -> list[Experience]:
         """Those of a question's completions that may be replayed."""
         return [experience for experience in experiences if experience not in self._of_other_prompts]
+
+
+def _has_own_prompt(experience: Experience) -> bool:
+    details = experience.details
+    return details is not None and (details.prompt_text is not None or bool(details.prompt_bytes))
 
 
 class _Usable:

@@ -51,11 +51,11 @@ class VisionTrainer(ExGRPOTrainer):
     def __init__(self, *args, model, **kwargs):
         self.pristine = copy.deepcopy(model)
         super().__init__(model, *args, **kwargs)
-        self.batches, self.num_generated = [], []
+        self.batches, self.generated = [], []
         generate = self.model.generate
 
         def counted(*args, **kwargs):
-            self.num_generated.append(len(kwargs["input_ids"]))
+            self.generated.append({name: kwargs[name].clone() for name in ("input_ids", "pixel_values")})
             return generate(*args, **kwargs)
 
         self.model.generate = counted
@@ -65,8 +65,10 @@ class VisionTrainer(ExGRPOTrainer):
         return super()._calculate_rewards(inputs, *args)
 
     def _generate_and_score_completions(self, inputs):
-        policy = copy.deepcopy(self.pristine).double()
-        policy.load_state_dict(self.model.state_dict())
+        policy = None
+        if self.accelerator.num_processes == 1:  # sharded parameters cannot be copied
+            policy = copy.deepcopy(self.pristine).double()
+            policy.load_state_dict(self.model.state_dict())
         output = super()._generate_and_score_completions(inputs)
         replays = {replay.row: replay for replay in self.replayer.batch.replays}
         self.batches.append({"policy": policy, "replays": replays, "rows": self.rows, "output": dict(output)})
@@ -91,10 +93,17 @@ def test_the_right_image_comes_back(tmp_path, kind):
     by_answer = {row["answer"]: row for row in dataset}
     trainer.train()
     processor, num_replayed = trainer.processing_class, 0
-    for batch, num_generated in zip(trainer.batches, trainer.num_generated, strict=True):
+    for batch, generated in zip(trainer.batches, trainer.generated, strict=True):
         output, replays = batch["output"], batch["replays"]
         # Nobody can tell which tile belongs to which image before TRL does.
-        assert num_generated == (16 if kind == "tiled" else 16 - len(replays))
+        asked = [row for row in range(16) if kind == "tiled" or row not in replays]
+        assert [ids[ids != 0].tolist() for ids in generated["input_ids"]] == [
+            own(output, row, "prompt") for row in asked
+        ]
+        shown = [image for row in asked for image in images_of(by_answer[batch["rows"][row]["answer"]])]
+        pixels = processor.image_processor(images=shown, return_tensors="pt")["pixel_values"]
+        if kind != "tiled":  # whose tiles the processor decides on
+            torch.testing.assert_close(generated["pixel_values"], pixels)
         for row, replay in replays.items():
             original = by_answer[batch["rows"][row]["answer"]]
             assert replay.question.example["answer"] == original["answer"]

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import pytest
 from example_runs import EXAMPLE, flags
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -42,7 +41,6 @@ def shown(label, text):
     return float(re.search(rf"{label} +│ (\d+(?:\.\d+)?)", text)[1])
 
 
-@pytest.mark.skip(reason="replay of images is being built")
 def test_pictures_are_replayed(tmp_path):
     result = run(TINY, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

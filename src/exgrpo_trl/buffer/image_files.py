@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,8 +26,8 @@ def write_images(file: Path, images: Iterable[StoredImage]) -> None:
         file, IMAGE_SCHEMA, compression=compression, use_dictionary=False, write_statistics=False
     ) as writer:
         for batch in bounded(images, lambda image: len(image.content)):
-            columns = [[image.digest for image in batch], [image.content for image in batch]]
-            writer.write_batch(pa.record_batch(columns, schema=IMAGE_SCHEMA))
+            digests = pa.array([image.digest for image in batch], pa.string())
+            writer.write_batch(pa.record_batch([digests, _contents(batch)], schema=IMAGE_SCHEMA))
 
 
 def read_images(file: Path) -> dict[str, StoredImage]:
@@ -49,6 +50,14 @@ def read_images(file: Path) -> dict[str, StoredImage]:
                 images[digest] = StoredImage(content, digest)
     require(len(images) == num_rows, "every image is there once")
     return images
+
+
+def _contents(images: list[StoredImage]) -> pa.Array:
+    # As `pa.array` makes it, with one copy: that one grows as it goes.
+    offsets = np.cumsum([0, *(len(image.content) for image in images)], dtype=np.int64)
+    content = b"".join([image.content for image in images])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(content)]
+    return pa.Array.from_buffers(pa.large_binary(), len(images), buffers)
 
 
 def example_to_text(example: Mapping[str, Any], images: dict[str, StoredImage]) -> str:
