@@ -1,4 +1,4 @@
-# `make train` and `make test` do everything on a fresh machine; they create the environment if there is none.
+# `make train`, `make train-agent` and `make test` do everything on a fresh machine; they create the environment if there is none.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help train train-vision test test-oldest test-vllm environments precommit format bench docs clean
+.PHONY: help train train-agent train-vision test test-oldest test-vllm environments precommit format bench docs clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ train: $(VENV)/.example  ## Train SmolLM2-135M on two-digit sums, on the CPU, wi
 train-vision: $(VENV)/.dev  ## Train a tiny vision-language model on generated pictures, on the CPU, without a hub
 	$(VENV)/bin/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		examples/train_vision.py
+
+train-agent: $(VENV)/.dev  ## Train a tiny model as an agent in an environment, on the CPU, without a hub
+	$(VENV)/bin/python examples/train_agent.py
 
 test: $(VENV)/.dev $(VENV)/.example  ## Run the tests
 	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +31,7 @@ class Share:
     questions: dict[int, Question]
     experiences: dict[int, Experience]
     generated: tuple[str, ...] = ()  # ids of all fresh groups
+    images: dict[int, tuple[str, ...]] = field(default_factory=dict)  # hashes by row, where rows of a group may differ
 
 
 @dataclass(eq=False, slots=True)
@@ -85,6 +86,8 @@ class Batch:
             What identifies the batch among all of the run; travels with its rows.
         global_step (`int`, *optional*, defaults to `0`):
             Optimizer steps of this run before it.
+        may_differ (`bool`, *optional*, defaults to `False`):
+            Whether the rows of a group may differ in their images, as with a random transform.
 
     Attributes:
         questions (`dict[int, Question]`):
@@ -129,6 +132,7 @@ class Batch:
     group_size: int
     number: int = 0
     global_step: int = 0
+    may_differ: bool = False
     questions: dict[int, Question] = field(default_factory=dict)
     token_ids: list[list[int]] = field(default_factory=list)
     without_logps: set[int] = field(default_factory=set)
@@ -147,7 +151,8 @@ class Batch:
     _storable: frozenset[int] = frozenset()
     _prompts: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     _prompt_hashes: dict[int, int] = field(default_factory=dict)
-    _examples: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # a row of each group of this process
+    _examples: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # by group, or position if they may differ
+    _images: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     # What is planned
 
@@ -215,15 +220,15 @@ class Batch:
         for position, row in enumerate(inputs):
             group, slot = divmod(self.first_row + position, self.group_size)
             if group in self.replayed_questions:
+                self._examples[position if self.may_differ else group] = self.replayed_questions[group].example
                 if group not in examples:  # to decode its images once
-                    self._examples[group] = self.replayed_questions[group].example
                     examples[group] = opened(self.replayed_questions[group].example)
                 stored = placed_row(examples[group], row, self.stored.get(position))
                 # Questions are kept on the CPU; the data loader brings tensors of fresh rows to the device.
                 device = find_device(row)
                 placed.append(stored if device is None else send_to_device(stored, device))
                 continue
-            self._examples.setdefault(group, row)
+            self._examples[position if self.may_differ else group] = row
             if slot == 0:
                 self.questions[group] = question_of_row(row, id_of(row, group))
             placed.append(row)
@@ -442,11 +447,14 @@ class Batch:
         ids, mask = self._prompts
         # Prompts of a group are the same, unless an environment or a function has made them.
         group = (self.first_row + position) // self.group_size
-        key = position if self.shows_own_prompts else group
+        key = position if self.shows_own_prompts or self.may_differ else group
         if key not in self._prompt_hashes:
             own = ids[position][mask[position].bool()].cpu().numpy()
             # Images of one size have the same tokens.
-            self._prompt_hashes[key] = prompt_hash(own, image_digests(self._examples.get(group, {})))
+            digests = image_digests(self._examples.get(position if self.may_differ else group, {}))
+            self._prompt_hashes[key] = prompt_hash(own, digests)
+            if self.may_differ and digests:
+                self._images[self.first_row + position] = tuple(digests)
         return self._prompt_hashes[key]
 
     # What comes of it
@@ -456,13 +464,14 @@ class Batch:
         """Which groups change the buffer, shape `(num_groups,)`; before replay has started, those that are solved."""
         return self.admission.concerns_buffer if self.plan.is_started else self.admission.is_solved
 
-    def share(self) -> Share:
-        """What this process knows that the buffer needs."""
+    def share(self, pack: Callable[[Question], Question] = packed) -> Share:
+        """What this process knows that the buffer needs, its images encoded by `pack`."""
         # Images of the others are never encoded.
         questions = {
-            group: packed(question) for group, question in self.questions.items() if self.concerns_buffer[group]
+            group: pack(question) for group, question in self.questions.items() if self.concerns_buffer[group]
         }
-        return Share(questions, self.experiences, tuple(question.question_id for question in self.questions.values()))
+        ids = tuple(question.question_id for question in self.questions.values())
+        return Share(questions, self.experiences, ids, self._images)
 
     def unite(self, shares: Sequence[Share]) -> None:
         """Bring together what all processes know; on the main process."""
@@ -473,11 +482,15 @@ class Batch:
         for share in shares:
             self.questions.update(share.questions)
             self.experiences.update(share.experiences)
+            self._images.update(share.images)
 
     def groups(self) -> Iterator[tuple[int, Question, list[Experience]]]:
         """Number, question and recorded completions of the groups that change the buffer, in batch order."""
         for group, question in sorted(self.questions.items(), key=lambda item: item[0]):
-            rows = range(group * self.group_size, (group + 1) * self.group_size)
+            rows: Iterable[int] = range(group * self.group_size, (group + 1) * self.group_size)
+            if self._images:  # a completion of another image than the question's answers another question
+                shown = tuple(image_digests(question.example))
+                rows = [row for row in rows if self._images.get(row, shown) == shown]
             yield group, question, [self.experiences[row] for row in rows if row in self.experiences]
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from .images import map_images, opened, pixel_digest, referenced, stored
+from .images import StoredImage, map_images, opened, pixel_digest, referenced, stored
 from .records import Experience, Question
 from .values import copied, from_json, plain, to_json
 
@@ -192,7 +192,11 @@ def image_digests(row: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def packed(question: Question) -> Question:
-    """The question with its images encoded."""
-    example = stored(question.example)
+def packed(
+    question: Question,
+    known: MutableMapping[str, StoredImage] | None = None,
+    originals: Callable[[], list[bytes]] = list,
+) -> Question:
+    """The question with its images encoded, see [`stored`]."""
+    example = stored(question.example, known, originals)
     return question if example is question.example else Question(question.question_id, example)

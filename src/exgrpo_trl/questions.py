@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Image
 from transformers.utils import logging
 
 from .buffer import ReplayBuffer
@@ -114,6 +115,11 @@ class TrainingQuestions:
         """Ids of all questions of a map-style dataset."""
         return self._rows_of.keys()
 
+    @property
+    def may_differ(self) -> bool:
+        """Whether a row may be another each time that it is read, as with a random transform."""
+        return self.is_stream or (self.dataset is not None and self.dataset.format["type"] == "custom")
+
     def rows_of(self, question_id: str) -> Sequence[int]:
         """Rows of a question in a map-style dataset."""
         return self._rows_of.get(question_id, ())
@@ -126,7 +132,24 @@ class TrainingQuestions:
         if not rows:
             return None
         row = with_prompt(dict(next(_rows(self.dataset, [rows[0]]))))
-        return Question(question.question_id, stored(row))
+        return Question(question.question_id, stored(row, None, lambda: self.image_files(question.question_id)))
+
+    def image_files(self, question_id: str) -> list[bytes]:
+        """The files that the images of a question were decoded from, as far as the dataset has them."""
+        rows = self.rows_of(question_id)
+        if self.is_stream or not rows:
+            return []
+        row = self.dataset.select([rows[0]]).with_format(None)
+        for column in ("image", "images"):
+            feature = row.features.get(column)
+            if isinstance(feature, Image):
+                row = row.cast_column(column, Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), Image):
+                row = row.cast_column(column, type(feature)(Image(decode=False)))
+        values = row.select_columns([name for name in ("image", "images") if name in row.column_names]).to_dict()
+        found = [value for of_column in values.values() for value in of_column]
+        found = [part for value in found for part in (value if isinstance(value, list) else [value])]
+        return [content for value in found if isinstance(value, dict) and (content := _content_of(value))]
 
 
 class Replayable:
@@ -225,6 +248,13 @@ class Replayable:
     def completions(self, experiences: Sequence[Experience]) -> list[Experience]:
         """Those of a question's completions that may be replayed."""
         return [experience for experience in experiences if experience not in self._of_other_prompts]
+
+
+def _content_of(image: Mapping[str, Any]) -> bytes | None:
+    if image["bytes"] is not None:
+        return image["bytes"]
+    path = image.get("path")
+    return Path(path).read_bytes() if path and Path(path).is_file() else None
 
 
 def _has_own_prompt(experience: Experience) -> bool:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
 from .coverage import Coverage
 from .dataset import DroppedQuestions
+from .examples import packed
+from .images import StoredImage
 from .metrics import LogRatios, ReplayMetrics
 from .notices import Notices
 from .plan import Plan
@@ -110,6 +113,7 @@ class Replayer:
         self.notices = Notices(args, success_rule, requires_success=strategies.admission.requires_success)
         self._has_begun = False
         self._version_offset = 0
+        self._images: WeakValueDictionary[str, StoredImage] = WeakValueDictionary()  # encoded already
 
     @property
     def buffer(self) -> Any:
@@ -223,7 +227,15 @@ class Replayer:
         )
         shape = self.args.num_groups, self.args.num_generations
         self._num_planned += 1
-        self.batch = Batch(plan, first_row, num_rows, *shape, number=self._num_planned, global_step=global_step)
+        self.batch = Batch(
+            plan,
+            first_row,
+            num_rows,
+            *shape,
+            number=self._num_planned,
+            global_step=global_step,
+            may_differ=self.questions.may_differ,
+        )
         self._open[self.batch.number] = self.batch
         return self.batch
 
@@ -316,11 +328,14 @@ class Replayer:
     def _collect_batch(self, batch: Batch) -> None:
         # Known to all, so that nothing is sent for nothing.
         is_told = self.coverage.is_on or bool(batch.concerns_buffer.any())
-        shares = self.processes.gather(batch.share()) if is_told else []
+        shares = self.processes.gather(batch.share(self._pack)) if is_told else []
         self.processes.decide("collecting completions", lambda: self._collect(batch, shares))
         batch.is_collected = True
         self.strategies.weighting.observe(batch)
         self.metrics.add_process_seconds(self.processes.seconds)
+
+    def _pack(self, question: Question) -> Question:
+        return packed(question, self._images, lambda: self.questions.image_files(question.question_id))
 
     def _collect(self, batch: Batch, shares: Sequence[Share]) -> None:
         admission = batch.admission

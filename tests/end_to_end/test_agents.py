@@ -235,6 +235,45 @@ def test_stored_log_probabilities_are_those_of_the_generating_policy(tmp_path, k
     assert num_foreign > 20
 
 
+class ScoredTrainer(AgentTrainer):
+    """Keeps what was scored, with the policy of that moment."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scored = []
+
+    def _score(self, prompted):
+        scores = super()._score(prompted)
+        policy = copy.deepcopy(self.pristine).double()
+        policy.load_state_dict(self.model.state_dict())
+        self.scored.extend((policy, *pair) for pair in zip(prompted, scores, strict=True))
+        return scores
+
+
+@pytest.mark.parametrize("kind", ["tools", "environment_observes_anew", "function"])
+def test_candidates_are_scored_by_what_the_model_wrote(tmp_path, kind):
+    trainer, _ = train(tmp_path, kind, ScoredTrainer, completion_selection="lowest_entropy")
+    stored = {e.token_bytes: e for b in trainer.batches for e in b["stored"].values()}
+    stored |= {experience.token_bytes: experience for _, _, experience in trainer.experience_buffer.items()}
+    num_checked = num_foreign = 0
+    for policy, of_one, (entropy, negative_log_likelihood) in trainer.scored:
+        experience = stored.get(of_one.completion.tobytes())
+        if experience is None:  # retired since
+            continue
+        batch = trainer.batches[experience.policy_version]
+        prompts = [own(batch, row, "prompt") for row in range(16) if own(batch, row) == of_one.completion.tolist()]
+        assert list(of_one.prompt) in prompts
+        with torch.no_grad():
+            logps, entropies = completion_logps(policy, of_one.prompt, of_one.completion.copy())
+        is_model = torch.from_numpy(experience.is_model.copy())
+        assert entropy == pytest.approx(entropies[is_model].mean().item(), abs=2e-5)
+        assert negative_log_likelihood == pytest.approx(-logps[is_model].mean().item(), abs=2e-5)
+        num_checked += 1
+        num_foreign += int((~is_model).sum())
+    assert num_checked > 5
+    assert num_foreign > 20
+
+
 SETTINGS = {
     "plain": {},
     "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
