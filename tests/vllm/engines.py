@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -184,6 +185,22 @@ def use_engines_on_cpu(shared: bool = True) -> None:
         return engines[model]
 
     module.LLM = make_on_cpu
+
+
+@functools.cache
+def use_llava_on_cpu() -> None:
+    """Let vLLM load a LLaVA without torchvision, which Pixtral alone needs, by the names of its newest parameters."""
+    name = "vllm.model_executor.models.pixtral"
+    parts = ("PixtralHFEncoderInfo", "PixtralHFVisionModel", "PixtralVisionConfig")
+    sys.modules.setdefault(name, types.ModuleType(name)).__dict__.update({part: type(part, (), {}) for part in parts})
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    prefixes = LlavaForConditionalGeneration.hf_to_vllm_mapper.orig_to_new_prefix
+    ours = {f"{before}vision_tower.": "vision_tower.vision_model." for before in ("model.", "")}
+    LlavaForConditionalGeneration.hf_to_vllm_mapper.orig_to_new_prefix = ours | prefixes
+    # A class, so that no process without the above looks at it.
+    ModelRegistry.register_model("LlavaForConditionalGeneration", LlavaForConditionalGeneration)
 
 
 def use_shared_memory_of_its_own() -> None:

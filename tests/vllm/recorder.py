@@ -70,8 +70,9 @@ def make_recorder(folder: Any, model_folder: Any, **options: Any) -> Recorder:
         "max_steps": 6,
         "learning_rate": 5e-3,
         "retire_solved": False,
-        "model": AutoModelForCausalLM.from_pretrained(model_folder),
     } | options
+    if "model" not in options:
+        options["model"] = AutoModelForCausalLM.from_pretrained(model_folder)
     return make_trainer(folder, options.pop("trainer_class", Recorder), **options)
 
 
