@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import find_device, send_to_device
 
 from .examples import image_digests, packed, placed_row, question_of_row
+from .fresh import FreshRollouts
 from .images import opened
 from .plan import Plan
 from .records import Experience, Question, Replay, prompt_hash
@@ -32,34 +33,6 @@ class Share:
     experiences: dict[int, Experience]
     generated: tuple[str, ...] = ()  # ids of all fresh groups
     images: dict[int, tuple[str, ...]] = field(default_factory=dict)  # hashes by row, where rows of a group may differ
-
-
-@dataclass(eq=False, slots=True)
-class FreshRollouts:
-    """
-    What the fresh rows of this process have beyond tokens, by position; only what this run makes use of.
-
-    Attributes:
-        masks (`np.ndarray` or `None`):
-            Which tokens the model wrote, shape `(num_rows, T)`; `None` where it wrote all.
-        messages (`list` or `None`):
-            Completion messages of each row.
-        prompts (`dict[int, Any]` or `None`):
-            Prompts as environments showed them, position by position; `None` without environments.
-        prompt_ids (`list` or `None`):
-            Prompt token ids of each row that a rollout function returned.
-        fields (`dict[int, dict]`):
-            What a rollout function returned of its own.
-        reward_names (`list[str]` or `None`):
-            Names of the reward functions, where a stored completion keeps the reward of each.
-    """
-
-    masks: np.ndarray | None = None
-    messages: list[Any] | None = None
-    prompts: dict[int, Any] | None = None
-    prompt_ids: Sequence[Sequence[int]] | None = None
-    fields: dict[int, dict[str, Any]] = field(default_factory=dict)
-    reward_names: list[str] | None = None
 
 
 @dataclass(eq=False)
@@ -418,30 +391,14 @@ class Batch:
             )
 
     def _details(self, position: int) -> RolloutDetails | None:
-        """What the rollout at a position has beyond tokens."""
-        fresh = self.fresh
-        rewards = None
-        if fresh.reward_names is not None and self.rewards_per_func is not None:
-            rewards = dict(
-                zip(fresh.reward_names, self.rewards_per_func[self.first_row + position].tolist(), strict=True)
-            )
-        return RolloutDetails.create(
-            is_model=None if fresh.masks is None else fresh.masks[position, : len(self.token_ids[position])],
-            messages=None if fresh.messages is None else fresh.messages[position],
-            prompt=self._shown_prompt(position),
-            prompt_ids=None if fresh.prompt_ids is None else fresh.prompt_ids[position],
-            fields=fresh.fields.get(position),
-            rewards=rewards,
+        row = self.first_row + position
+        question = self.replayed_questions.get(row // self.group_size) or self.questions.get(row // self.group_size)
+        return self.fresh.details(
+            position,
+            len(self.token_ids[position]),
+            None if question is None else question.example["prompt"],
+            None if self.rewards_per_func is None else self.rewards_per_func[row].tolist(),
         )
-
-    def _shown_prompt(self, position: int) -> Any:
-        """The prompt as an environment showed it, where it is not that of the question."""
-        if self.fresh.prompts is None:
-            return None
-        group = (self.first_row + position) // self.group_size
-        question = self.replayed_questions.get(group) or self.questions.get(group)
-        shown = self.fresh.prompts[position]
-        return None if question is not None and question.example["prompt"] == shown else shown
 
     def _prompt_hash(self, position: int) -> int:
         ids, mask = self._prompts

@@ -168,7 +168,7 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
 
 
 def _check_agents(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
-    """Refuse tools, environments and images where the installed TRL itself does not handle them."""
+    """Refuse tools and environments where TRL itself does not handle them."""
     of_agents = [name for name in ("tools", "environment_factory") if arguments.get(name)]
     if not of_agents:
         return
