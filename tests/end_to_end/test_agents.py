@@ -19,6 +19,7 @@ from agents import (
     last_letter_reward,
     room_dataset,
     score_reward,
+    skip_unless_able,
     slow_environment_reward,
 )
 from packaging.version import Version
@@ -27,7 +28,7 @@ from tiny import completion_logps, make_trainer, parameters_of
 from trl import GRPOTrainer
 from watched import WatchedTrainer
 
-from exgrpo_trl import ExGRPOTrainer
+from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer
 
 TRL = Version(trl.__version__)
 HAS_POOL = Version("1.8") <= TRL
@@ -119,6 +120,7 @@ class AgentTrainer(ExGRPOTrainer):
 
 
 def options_of(kind, **changes):
+    skip_unless_able(kind)
     options, watched = KINDS[kind]()
     return agent_options(success_threshold=0.5, max_steps=6) | options | changes, watched
 
@@ -384,3 +386,27 @@ def test_evaluation_reads_and_writes_nothing(tmp_path):
     assert contents(trainer.experience_buffer) == before
     assert len(rooms.events("reset")) == num_resets + 16
     assert all(type(environment) is Room for environment in trainer.environments)
+
+
+@pytest.mark.parametrize("agent", [{"tools": Watched().tools}, {"environment_factory": Rooms()}])
+@pytest.mark.parametrize(
+    ("num_processes", "options", "way_out"),
+    [
+        pytest.param(
+            1,
+            {"vllm_mode": "server"},
+            r"1\.14\.1 or later, or set vllm_mode='colocate'",
+            marks=pytest.mark.skipif(Version("1.14.1") <= TRL, reason="this TRL can do it"),
+        ),
+        (2, {"vllm_mode": "server"}, "vllm_mode='colocate'"),
+        (
+            2,
+            {"vllm_mode": "colocate", "vllm_tensor_parallel_size": 2},
+            "Use one process, or vllm_mode='colocate' with vllm_tensor_parallel_size=1",
+        ),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused(tmp_path, monkeypatch, agent, num_processes, options, way_out):
+    monkeypatch.setattr(ExGRPOConfig, "world_size", num_processes)
+    with pytest.raises(NotImplementedError, match=f"{next(iter(agent))}.*{way_out}"):
+        make_trainer(tmp_path, use_vllm=True, **options, **agent)

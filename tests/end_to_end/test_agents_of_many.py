@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from agents import Room, Rooms
+from agents import Room, Rooms, skip_unless_able
 from ranks import MODES, assert_engaged, run_ranks, whole_parameters
 from same_rollouts import buffer_contents
 from test_agents import KINDS, AgentTrainer, calls_in, options_of, own
@@ -60,6 +60,7 @@ def train_agent(mode, mode_options, folder, kind, options):
 @pytest.mark.parametrize("kind", [kind for kind in ("tools", "environment_observes", "function") if kind in KINDS])
 @pytest.mark.parametrize("mode", MODES)
 def test_rollouts_of_several_turns(tmp_path, mode, kind):
+    skip_unless_able(kind)
     run_ranks(train_agent, str(tmp_path), kind, {}, folder=tmp_path, mode=mode)
     ranks = [torch.load(tmp_path / f"result{rank}.pt", weights_only=False) for rank in range(2)]
     assert sum(map(sum, (rank["num_stored"] for rank in ranks))) > 4
@@ -91,6 +92,7 @@ def fail_to_reset(mode, mode_options, folder):
 
 
 def test_an_environment_that_fails_stops_all(tmp_path):
+    skip_unless_able("environment")
     run_ranks(fail_to_reset, str(tmp_path), folder=tmp_path)
 
 
