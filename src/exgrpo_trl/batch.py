@@ -92,6 +92,8 @@ class Batch:
             Whether the successes are in the buffer: nothing more is recorded. The batch may still be trained.
         is_first_turn (`bool`):
             Whether nothing of the batch has been generated yet: only then are stored rows left out.
+        is_generated_whole (`bool`):
+            Whether stored rows have been generated all the same, and overwritten: nothing was saved.
         forwards (`list[tuple[torch.Tensor, torch.Tensor]]`):
             Log-probabilities and entropies of each forward of the policy meanwhile.
         fresh ([`FreshRollouts`]):
@@ -119,6 +121,7 @@ class Batch:
     is_trained: bool = False
     is_collected: bool = False
     is_first_turn: bool = True
+    is_generated_whole: bool = False
     fresh: FreshRollouts = field(default_factory=FreshRollouts)
     forwards: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _storable: frozenset[int] = frozenset()

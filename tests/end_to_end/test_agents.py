@@ -165,7 +165,11 @@ def test_nothing_is_done_for_a_stored_row(tmp_path, kind):
     if kind.startswith("function"):
         num_asked = sum(map(len, watched.asked))
         assert num_asked == (len(fresh) if kind == "function_fresh_only" else 16 * len(trainer.batches))
+        # Where all rows were asked for, nothing was saved.
+        assert bool(trainer.replayer.metrics.tokens_saved) == (kind == "function_fresh_only")
         return
+    stored = [experience for batch in trainer.batches for experience in batch["stored"].values()]
+    assert trainer.replayer.metrics.tokens_saved == sum(int(experience.is_model.sum()) for experience in stored)
     if kind == "tools":
         done = Counter(name for name, _ in watched.calls)
     else:

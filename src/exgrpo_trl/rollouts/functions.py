@@ -48,6 +48,7 @@ def call_rollout_function(
     """
     num_rows = len(prompts)
     asked = [row for row in range(num_rows) if row not in batch.stored] or [0] if fresh_only else list(range(num_rows))
+    batch.is_generated_whole = not fresh_only
     output = dict(function([prompts[row] for row in asked], trainer))
     _check(output, asked, batch.first_row)
     by_row = {
