@@ -239,6 +239,38 @@ def test_stored_log_probabilities_are_those_of_the_generating_policy(tmp_path, k
     assert num_foreign > 20
 
 
+def test_the_observation_is_part_of_the_prompt(tmp_path):
+    """A control: without what the environment had shown, stored log-probabilities are off."""
+    trainer, _ = train(tmp_path, "environment_observes", retire_solved=False)
+    errors = []
+    for question, _, experience in trainer.experience_buffer.items():
+        assert experience.details.prompt[-1]["content"].endswith(f" door {question.example['seed']}")
+        batch = trainer.batches[experience.policy_version]
+        blind = trainer.processing_class.apply_chat_template(
+            question.example["prompt"], tools=trainer.tools, add_generation_prompt=True, return_dict=False
+        )
+        with torch.no_grad():
+            logps, _ = completion_logps(batch["policy"], blind, experience.token_ids.copy())
+        is_model = experience.is_model
+        errors.append(np.abs(experience.behavior_per_token_logps - logps.numpy())[is_model].max())
+    assert len(errors) > 8
+    assert min(errors) > 1e-3
+
+
+def test_a_dropped_mask_is_noticed(tmp_path):
+    """A control: TRL's own replay lost the mask, and trained on what tools had said (TRL #6439)."""
+
+    class Forgetful(ExGRPOTrainer):
+        def _tool_call_loop(self, *args, **kwargs):
+            masks, *rest = super()._tool_call_loop(*args, **kwargs)
+            return [[1] * len(mask) for mask in masks], *rest
+
+    options, _ = options_of("tools")
+    trainer = make_trainer(tmp_path, Forgetful, **options)
+    with pytest.raises(RuntimeError, match=r"Forgetful\._tool_call_loop.*trains on other tokens than those"):
+        trainer.train()
+
+
 class ScoredTrainer(AgentTrainer):
     """Keeps what was scored, with the policy of that moment."""
 
