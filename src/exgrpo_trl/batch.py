@@ -283,7 +283,7 @@ class Batch:
         Raises:
             `ValueError`:
                 When a stored row holds other tokens than the stored completion, or a row others than were rewarded;
-                when a stored row does not know any more which tokens the model wrote.
+                when a row does not know any more which tokens the model wrote.
         """
         completion_ids = output["completion_ids"]
         if len(completion_ids) != self.num_rows or len(self.token_ids) != self.num_rows:
@@ -297,18 +297,22 @@ class Batch:
                 raise ValueError(f"row {row} holds other tokens than the stored completion that was put there")
             if not np.array_equal(padded[position, : len(ids)], ids):
                 raise ValueError(f"row {row} holds other tokens than those that were rewarded")
-        self._check_stored_masks(output)
+        self._check_masks(output)
 
-    def _check_stored_masks(self, output: Mapping[str, torch.Tensor]) -> None:
+    def _check_masks(self, output: Mapping[str, torch.Tensor]) -> None:
         # TRL's own replay lost them, and trained on what tools had said (TRL #6439).
         mask = loss_mask(output).bool().cpu().numpy()
-        for position, experience in self.stored.items():
-            of_row = mask[position, : experience.num_tokens]
-            if of_row.any() and not np.array_equal(of_row, experience.is_model):  # none: truncated, and not trained
-                raise ValueError(
-                    f"row {self.first_row + position} trains on other tokens than those that the model wrote of the "
-                    "stored completion"
-                )
+        told = self.fresh.told_masks
+        for position, ids in enumerate(self.token_ids):
+            if position in self.stored:
+                expected = self.stored[position].is_model
+            elif told is not None:
+                expected = np.asarray(told[position], dtype=bool)
+            else:
+                continue
+            of_row = mask[position, : len(ids)]
+            if of_row.any() and not np.array_equal(of_row, expected):  # none: truncated, and not trained
+                raise ValueError(f"row {self.first_row + position} trains on other tokens than those the model wrote")
 
     def columns(self, completion_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """

@@ -17,6 +17,8 @@ class FreshRollouts:
     What the fresh rows of this process have beyond tokens, by position; only what this run makes use of.
 
     Attributes:
+        told_masks (`Sequence[Sequence[int]]` or `None`):
+            Which tokens the model wrote, by row, as whoever generated them told.
         masks (`np.ndarray` or `None`):
             Which tokens the model wrote, shape `(num_rows, T)`; `None` where it wrote all.
         messages (`list` or `None`):
@@ -31,6 +33,7 @@ class FreshRollouts:
             Names of the reward functions, where a stored completion keeps the reward of each.
     """
 
+    told_masks: Sequence[Sequence[int]] | None = None
     masks: np.ndarray | None = None
     messages: list[Any] | None = None
     prompts: dict[int, Any] | None = None
