@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .batch import COLUMNS, IDENTITY, Batch, loss_mask
+from .batch import COLUMNS, IDENTITY, Batch, lacks_images, loss_mask
 from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import (
     Location,
@@ -295,6 +295,13 @@ class ExGRPOTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
             with self._processes.together("checking what was generated"), naming_overrides(self, GENERATING):
                 batch.check_tokens(output)
+            if lacks_images(output):
+                logger.warning_once(
+                    "TRL trains a batch without its images, because image tokens of a completion do not match them: "
+                    "nothing of it is stored, and stored completions with images are left out of its loss. Keep the "
+                    "model from writing image tokens (suppress_tokens in generation_kwargs)."
+                )
+                batch.leave_out_images(output)
             if batch.replays and "importance_sampling_ratio" in output:
                 by_sequence = self.vllm_importance_sampling_mode.startswith("sequence")
                 metrics = correct_fresh_only(output, batch, self.accelerator.gather, by_sequence=by_sequence)
