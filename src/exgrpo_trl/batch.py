@@ -19,6 +19,7 @@ from .plan import Plan
 from .records import Experience, Question, Replay, prompt_hash
 from .rollout_details import RolloutDetails
 from .strategies.admission import Admission
+from .values import copied
 
 # What travels with the rows of a batch to their loss, and not to TRL's.
 IDENTITY = "rollout_rows"
@@ -204,9 +205,12 @@ class Batch:
                 device = find_device(row)
                 placed.append(stored if device is None else send_to_device(stored, device))
                 continue
-            self._examples[position if self.may_differ else group] = row
             if slot == 0:
                 self.questions[group] = question_of_row(row, id_of(row, group))
+            key = position if self.may_differ else group
+            if key not in self._examples:  # a copy, because reward functions may draw on images
+                known = self.questions.get(group) if slot == 0 or not self.may_differ else None
+                self._examples[key] = copied(dict(row)) if known is None else known.example
             placed.append(row)
         return placed
 
@@ -268,6 +272,7 @@ class Batch:
             self.first_row + position
             for position in range(self.num_rows)
             if self.plan.is_started and has_loss[position] and is_storable[self.first_row + position]
+            if not lacks_images(output)
             if position not in self.stored and position not in self.without_logps
         )
 
@@ -313,6 +318,16 @@ class Batch:
             of_row = mask[position, : len(ids)]
             if of_row.any() and not np.array_equal(of_row, expected):  # none: truncated, and not trained
                 raise ValueError(f"row {self.first_row + position} trains on other tokens than those the model wrote")
+
+    def leave_out_images(self, output: dict[str, Any]) -> None:
+        """Train no stored completion without the images that it was generated for, where TRL has dropped them."""
+        is_left_out = torch.zeros(self.num_rows, dtype=torch.bool)
+        for position, experience in self.stored.items():
+            key = position if self.may_differ else (self.first_row + position) // self.group_size
+            has_own = experience.details is not None and bool(experience.details.images)
+            is_left_out[position] = has_own or bool(image_digests(self._examples[key]))
+        mask = output["completion_mask"]
+        output["completion_mask"] = mask.masked_fill(is_left_out.to(mask.device).unsqueeze(1), 0)
 
     def columns(self, completion_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -456,6 +471,11 @@ class Batch:
                 shown = tuple(image_digests(question.example))
                 rows = [row for row in rows if self._images.get(row, shown) == shown]
             yield group, question, [self.experiences[row] for row in rows if row in self.experiences]
+
+
+def lacks_images(output: Mapping[str, Any]) -> bool:
+    """Whether TRL has dropped all images of a batch, because those of a row do not match its image tokens."""
+    return "num_images" in output and output["num_images"] is None
 
 
 def loss_mask(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:

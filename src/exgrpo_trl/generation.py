@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather, send_to_device
+from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .batch import Batch, loss_mask
+from .batch import Batch, lacks_images, loss_mask
 from .compatibility import GENERATING, naming_overrides, overridden, wrapped, wrapped_value
 from .processes import Processes
 from .prompts import images_of
@@ -22,6 +23,8 @@ from .rollouts.functions import call_rollout_function
 from .rollouts.multi_turn import EvenTurns, put_stored_rollouts, snapshot
 from .rollouts.vllm import correct_fresh_only
 from .scoring import Prompted, Scores, evaluating, reshard, score_completions
+
+logger = logging.get_logger(__name__)
 
 
 def _after(first: Callable[[], None], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +70,13 @@ class GenerationHooks(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
             with self._processes.together("checking what was generated"), naming_overrides(self, GENERATING):
                 batch.check_tokens(output)
+            if lacks_images(output):
+                logger.warning_once(
+                    "TRL trains a batch without its images, because image tokens of a completion do not match them: "
+                    "nothing of it is stored, and stored completions with images are left out of its loss. Keep the "
+                    "model from writing image tokens (suppress_tokens in generation_kwargs)."
+                )
+                batch.leave_out_images(output)
             if batch.replays and "importance_sampling_ratio" in output:
                 by_sequence = self.vllm_importance_sampling_mode.startswith("sequence")
                 metrics = correct_fresh_only(output, batch, self.accelerator.gather, by_sequence=by_sequence)

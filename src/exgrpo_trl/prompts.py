@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from trl.data_utils import prepare_multimodal_messages
 
-from .images import StoredImage, map_images, opened
+from .images import opened
 from .records import Experience
 from .rollouts.environments import names_of
 from .rollouts.multi_turn import images_of_tools
@@ -155,9 +155,16 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
 
 def has_images(row: Mapping[str, Any]) -> bool:
     """Whether a row has images, in a column or inside its prompt."""
-    found: list[Any] = []
-    map_images(row.get("prompt"), found.append)
-    return bool(images_of(row) or found)
+    return bool(images_of(row)) or any(_image_parts(row.get("prompt")))
+
+
+def _image_parts(messages: Any) -> Iterator[Mapping[str, Any]]:
+    """Parts of messages that are images, by value or by path."""
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, Mapping) and part.get("type") == "image":
+                yield part
 
 
 def _with_images(row: Mapping[str, Any]) -> Any:
@@ -170,7 +177,7 @@ def _with_images(row: Mapping[str, Any]) -> Any:
 def _tool_messages(of_one: Shown) -> Any:
     """Completion messages, if tools returned images in them."""
     details = of_one.experience.details
-    if details is None or not details.images or details.messages is None:
+    if details is None or details.messages_text is None or '"image"' not in details.messages_text:
         return None
     messages = details.messages
-    return messages if any(isinstance(image, StoredImage) for image in images_of_tools(messages)) else None
+    return messages if images_of_tools(messages) else None

@@ -106,9 +106,15 @@ def without_images(prompt: Any, images: Sequence[Any]) -> Any:
     if not isinstance(prompt, list) or not images:
         return prompt
 
+    left = list(images)  # an environment may show an image of the row once more
+
     def place(part: Any) -> Any:
-        is_of_row = isinstance(part, dict) and is_image(part.get("image")) and any(part["image"] is i for i in images)
-        return {key: value for key, value in part.items() if key != "image"} if is_of_row else part
+        image = part.get("image") if isinstance(part, dict) else None
+        found = next((number for number, of_row in enumerate(left) if is_image(image) and of_row is image), None)
+        if found is None:
+            return part
+        del left[found]
+        return {key: value for key, value in part.items() if key != "image"}
 
     return [
         message | {"content": [place(part) for part in message["content"]]}

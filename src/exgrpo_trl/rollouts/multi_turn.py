@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..batch import Batch
-from ..images import opened
+from ..images import is_image, opened
 from ..processes import Processes
 
 _DONE, _GENERATES, _FAILED = range(3)
@@ -102,7 +102,9 @@ def images_of_tools(messages: Sequence[Any]) -> list[Any]:
 
 
 def snapshot(value: Any) -> Any:
-    """A copy of messages as they are now: reward functions may write into them. Leaves are shared."""
+    """A copy of messages as they are now: reward functions may write into them, and draw on their images."""
     if isinstance(value, dict):
         return {key: snapshot(item) for key, item in value.items()}
-    return [snapshot(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [snapshot(item) for item in value]
+    return value.copy() if is_image(value) else value
