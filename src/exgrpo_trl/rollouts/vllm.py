@@ -57,7 +57,7 @@ def forget_images(vllm: Any) -> None:
     It keeps what it has computed of an image beyond a change of its weights. TRL does not clear that, and replay shows
     the images of a question again within a few steps.
     """
-    engine = getattr(getattr(vllm, "llm", None), "llm_engine", None)
+    engine: Any = getattr(getattr(vllm, "llm", None), "llm_engine", None)
     if hasattr(engine, "reset_encoder_cache"):
         engine.reset_encoder_cache()
 
