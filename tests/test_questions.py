@@ -45,7 +45,7 @@ def test_completions_of_another_rendering_are_left_out_one_by_one():
     stored = buffer.completions(question_id_of("a"))
     assert tokens_of(replayable.completions(stored)) == [[2], [3]], "one that does not know its prompt counts"
     assert buffer.sample_questions(2, replayable.sampler(RandomSampler())) == [question_id_of("a")]
-    replayable.collected(question_id_of("b"))
+    replayable.collected(Question(question_id_of("b"), {"prompt": "b"}), [], tuple)
     assert sorted(buffer.sample_questions(2, replayable.sampler(RandomSampler()))) == sorted(map(question_id_of, "ab"))
 
 

@@ -307,7 +307,7 @@ def test_questions_that_are_gone_are_not_drawn_and_new_successes_bring_them_back
         batch = replayer.next_batch(ROWS, global_step)
         assert [replay.question.question_id for replay in batch.replays] == [question_id_of("q0")]
     assert buffer.num_questions == 4
-    replayer.replayable.collected(question_id_of("q2"))
+    replayer.replayable.collected(Question(question_id_of("q2"), {"prompt": "q2"}), [], tuple)
     assert len(replayer.next_batch(ROWS, 5).replays) == 2
 
 

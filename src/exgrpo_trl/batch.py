@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from accelerate.utils import find_device, send_to_device
 
-from .examples import packed, placed_row, question_of_row
+from .examples import image_digests, packed, placed_row, question_of_row
+from .fresh import FreshRollouts
 from .images import opened
 from .plan import Plan
 from .records import Experience, Question, Replay, prompt_hash
@@ -31,34 +32,7 @@ class Share:
     questions: dict[int, Question]
     experiences: dict[int, Experience]
     generated: tuple[str, ...] = ()  # ids of all fresh groups
-
-
-@dataclass(eq=False, slots=True)
-class FreshRollouts:
-    """
-    What the fresh rows of this process have beyond tokens, by position; only what this run makes use of.
-
-    Attributes:
-        masks (`np.ndarray` or `None`):
-            Which tokens the model wrote, shape `(num_rows, T)`; `None` where it wrote all.
-        messages (`list` or `None`):
-            Completion messages of each row.
-        prompts (`dict[int, Any]` or `None`):
-            Prompts as environments showed them, position by position; `None` without environments.
-        prompt_ids (`list` or `None`):
-            Prompt token ids of each row that a rollout function returned.
-        fields (`dict[int, dict]`):
-            What a rollout function returned of its own.
-        reward_names (`list[str]` or `None`):
-            Names of the reward functions, where a stored completion keeps the reward of each.
-    """
-
-    masks: np.ndarray | None = None
-    messages: list[Any] | None = None
-    prompts: dict[int, Any] | None = None
-    prompt_ids: Sequence[Sequence[int]] | None = None
-    fields: dict[int, dict[str, Any]] = field(default_factory=dict)
-    reward_names: list[str] | None = None
+    images: dict[int, tuple[str, ...]] = field(default_factory=dict)  # hashes by row, where rows of a group may differ
 
 
 @dataclass(eq=False)
@@ -85,6 +59,8 @@ class Batch:
             What identifies the batch among all of the run; travels with its rows.
         global_step (`int`, *optional*, defaults to `0`):
             Optimizer steps of this run before it.
+        may_differ (`bool`, *optional*, defaults to `False`):
+            Whether the rows of a group may differ in their images, as with a random transform.
 
     Attributes:
         questions (`dict[int, Question]`):
@@ -116,6 +92,8 @@ class Batch:
             Whether the successes are in the buffer: nothing more is recorded. The batch may still be trained.
         is_first_turn (`bool`):
             Whether nothing of the batch has been generated yet: only then are stored rows left out.
+        is_generated_whole (`bool`):
+            Whether stored rows have been generated all the same, and overwritten: nothing was saved.
         forwards (`list[tuple[torch.Tensor, torch.Tensor]]`):
             Log-probabilities and entropies of each forward of the policy meanwhile.
         fresh ([`FreshRollouts`]):
@@ -129,6 +107,7 @@ class Batch:
     group_size: int
     number: int = 0
     global_step: int = 0
+    may_differ: bool = False
     questions: dict[int, Question] = field(default_factory=dict)
     token_ids: list[list[int]] = field(default_factory=list)
     without_logps: set[int] = field(default_factory=set)
@@ -142,11 +121,14 @@ class Batch:
     is_trained: bool = False
     is_collected: bool = False
     is_first_turn: bool = True
+    is_generated_whole: bool = False
     fresh: FreshRollouts = field(default_factory=FreshRollouts)
     forwards: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _storable: frozenset[int] = frozenset()
     _prompts: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     _prompt_hashes: dict[int, int] = field(default_factory=dict)
+    _examples: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # by group, or position if they may differ
+    _images: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     # What is planned
 
@@ -214,6 +196,7 @@ class Batch:
         for position, row in enumerate(inputs):
             group, slot = divmod(self.first_row + position, self.group_size)
             if group in self.replayed_questions:
+                self._examples[position if self.may_differ else group] = self.replayed_questions[group].example
                 if group not in examples:  # to decode its images once
                     examples[group] = opened(self.replayed_questions[group].example)
                 stored = placed_row(examples[group], row, self.stored.get(position))
@@ -221,6 +204,7 @@ class Batch:
                 device = find_device(row)
                 placed.append(stored if device is None else send_to_device(stored, device))
                 continue
+            self._examples[position if self.may_differ else group] = row
             if slot == 0:
                 self.questions[group] = question_of_row(row, id_of(row, group))
             placed.append(row)
@@ -299,7 +283,7 @@ class Batch:
         Raises:
             `ValueError`:
                 When a stored row holds other tokens than the stored completion, or a row others than were rewarded;
-                when a stored row does not know any more which tokens the model wrote.
+                when a row does not know any more which tokens the model wrote.
         """
         completion_ids = output["completion_ids"]
         if len(completion_ids) != self.num_rows or len(self.token_ids) != self.num_rows:
@@ -313,18 +297,22 @@ class Batch:
                 raise ValueError(f"row {row} holds other tokens than the stored completion that was put there")
             if not np.array_equal(padded[position, : len(ids)], ids):
                 raise ValueError(f"row {row} holds other tokens than those that were rewarded")
-        self._check_stored_masks(output)
+        self._check_masks(output)
 
-    def _check_stored_masks(self, output: Mapping[str, torch.Tensor]) -> None:
+    def _check_masks(self, output: Mapping[str, torch.Tensor]) -> None:
         # TRL's own replay lost them, and trained on what tools had said (TRL #6439).
         mask = loss_mask(output).bool().cpu().numpy()
-        for position, experience in self.stored.items():
-            of_row = mask[position, : experience.num_tokens]
-            if of_row.any() and not np.array_equal(of_row, experience.is_model):  # none: truncated, and not trained
-                raise ValueError(
-                    f"row {self.first_row + position} trains on other tokens than those that the model wrote of the "
-                    "stored completion"
-                )
+        told = self.fresh.told_masks
+        for position, ids in enumerate(self.token_ids):
+            if position in self.stored:
+                expected = self.stored[position].is_model
+            elif told is not None:
+                expected = np.asarray(told[position], dtype=bool)
+            else:
+                continue
+            of_row = mask[position, : len(ids)]
+            if of_row.any() and not np.array_equal(of_row, expected):  # none: truncated, and not trained
+                raise ValueError(f"row {self.first_row + position} trains on other tokens than those the model wrote")
 
     def columns(self, completion_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -410,37 +398,27 @@ class Batch:
             )
 
     def _details(self, position: int) -> RolloutDetails | None:
-        """What the rollout at a position has beyond tokens."""
-        fresh = self.fresh
-        rewards = None
-        if fresh.reward_names is not None and self.rewards_per_func is not None:
-            rewards = dict(
-                zip(fresh.reward_names, self.rewards_per_func[self.first_row + position].tolist(), strict=True)
-            )
-        return RolloutDetails.create(
-            is_model=None if fresh.masks is None else fresh.masks[position, : len(self.token_ids[position])],
-            messages=None if fresh.messages is None else fresh.messages[position],
-            prompt=self._shown_prompt(position),
-            prompt_ids=None if fresh.prompt_ids is None else fresh.prompt_ids[position],
-            fields=fresh.fields.get(position),
-            rewards=rewards,
+        row = self.first_row + position
+        question = self.replayed_questions.get(row // self.group_size) or self.questions.get(row // self.group_size)
+        return self.fresh.details(
+            position,
+            len(self.token_ids[position]),
+            None if question is None else question.example["prompt"],
+            None if self.rewards_per_func is None else self.rewards_per_func[row].tolist(),
         )
-
-    def _shown_prompt(self, position: int) -> Any:
-        """The prompt as an environment showed it, where it is not that of the question."""
-        if self.fresh.prompts is None:
-            return None
-        group = (self.first_row + position) // self.group_size
-        question = self.replayed_questions.get(group) or self.questions.get(group)
-        shown = self.fresh.prompts[position]
-        return None if question is not None and question.example["prompt"] == shown else shown
 
     def _prompt_hash(self, position: int) -> int:
         ids, mask = self._prompts
         # Prompts of a group are the same, unless an environment or a function has made them.
-        key = position if self.shows_own_prompts else (self.first_row + position) // self.group_size
+        group = (self.first_row + position) // self.group_size
+        key = position if self.shows_own_prompts or self.may_differ else group
         if key not in self._prompt_hashes:
-            self._prompt_hashes[key] = prompt_hash(ids[position][mask[position].bool()].cpu().numpy())
+            own = ids[position][mask[position].bool()].cpu().numpy()
+            # Images of one size have the same tokens.
+            digests = image_digests(self._examples.get(position if self.may_differ else group, {}))
+            self._prompt_hashes[key] = prompt_hash(own, digests)
+            if self.may_differ and digests:
+                self._images[self.first_row + position] = tuple(digests)
         return self._prompt_hashes[key]
 
     # What comes of it
@@ -450,13 +428,14 @@ class Batch:
         """Which groups change the buffer, shape `(num_groups,)`; before replay has started, those that are solved."""
         return self.admission.concerns_buffer if self.plan.is_started else self.admission.is_solved
 
-    def share(self) -> Share:
-        """What this process knows that the buffer needs."""
+    def share(self, pack: Callable[[Question], Question] = packed) -> Share:
+        """What this process knows that the buffer needs, its images encoded by `pack`."""
         # Images of the others are never encoded.
         questions = {
-            group: packed(question) for group, question in self.questions.items() if self.concerns_buffer[group]
+            group: pack(question) for group, question in self.questions.items() if self.concerns_buffer[group]
         }
-        return Share(questions, self.experiences, tuple(question.question_id for question in self.questions.values()))
+        ids = tuple(question.question_id for question in self.questions.values())
+        return Share(questions, self.experiences, ids, self._images)
 
     def unite(self, shares: Sequence[Share]) -> None:
         """Bring together what all processes know; on the main process."""
@@ -467,11 +446,15 @@ class Batch:
         for share in shares:
             self.questions.update(share.questions)
             self.experiences.update(share.experiences)
+            self._images.update(share.images)
 
     def groups(self) -> Iterator[tuple[int, Question, list[Experience]]]:
         """Number, question and recorded completions of the groups that change the buffer, in batch order."""
         for group, question in sorted(self.questions.items(), key=lambda item: item[0]):
-            rows = range(group * self.group_size, (group + 1) * self.group_size)
+            rows: Iterable[int] = range(group * self.group_size, (group + 1) * self.group_size)
+            if self._images:  # a completion of another image than the question's answers another question
+                shown = tuple(image_digests(question.example))
+                rows = [row for row in rows if self._images.get(row, shown) == shown]
             yield group, question, [self.experiences[row] for row in rows if row in self.experiences]
 
 

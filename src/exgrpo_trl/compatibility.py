@@ -37,7 +37,10 @@ _HOOKS = {
     "_load_optimizer_and_scheduler": ("checkpoint",),
 }
 # Methods in which a subclass may change what replay relies on: rows while they are generated, and their loss.
-GENERATING = ("_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards")
+GENERATING = (
+    *("_generate_and_score_completions", "_generate", "_generate_single_turn", "_tool_call_loop"),
+    "_calculate_rewards",
+)
 LOSS = ("training_step", "_prepare_inputs", "compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
 # One copy of the model per process.
 _COPIES = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
@@ -168,7 +171,7 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
 
 
 def _check_agents(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
-    """Refuse tools, environments and images where the installed TRL itself does not handle them."""
+    """Refuse tools and environments where TRL itself does not handle them."""
     of_agents = [name for name in ("tools", "environment_factory") if arguments.get(name)]
     if not of_agents:
         return

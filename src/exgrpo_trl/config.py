@@ -72,7 +72,8 @@ class ExGRPOConfig(GRPOConfig):
         difficulty_kwargs (`dict` or `str`, *optional*):
             Parameters of the rule of difficulty, a dict or its JSON.
         question_id_column (`str` or `None`, *optional*, defaults to `None`):
-            Dataset column that identifies a question. `None` uses a hash of the prompt.
+            Dataset column that identifies a question. `None` uses a hash of the prompt and, where several rows share
+            it, of their other columns, images included.
 
         > Parameters that control the loss of replayed completions
 
@@ -90,7 +91,8 @@ class ExGRPOConfig(GRPOConfig):
         replay_rewards (`str` or `None`, *optional*, defaults to `None`):
             Where the rewards of a stored completion come from: `"stored"` (those that it had) or `"recomputed"` (the
             reward functions are asked again). `None` recomputes them where there is no environment: the state that an
-            environment had at the end of a rollout is gone when it is replayed.
+            environment had at the end of a rollout is gone when it is replayed. What `get_reward` of an environment
+            gave is always kept.
         rollout_fresh_only (`bool`, *optional*, defaults to `False`):
             Whether `rollout_func` is asked for the rows alone that no stored completion takes. By default it is asked
             for all rows, as functions written for whole groups need it, and stored completions are put in their place.
@@ -187,7 +189,10 @@ class ExGRPOConfig(GRPOConfig):
     )
     question_id_column: str | None = field(
         default=None,
-        metadata={"help": "Dataset column that identifies a question. None: a hash of the prompt."},
+        metadata={
+            "help": "Dataset column that identifies a question. None: a hash of the prompt and, where rows share it, "
+            "of their other columns."
+        },
     )
     replay_weighting: str = field(
         default="shaped",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from .images import opened, referenced, stored
+from .images import StoredImage, map_images, opened, pixel_digest, referenced, stored
 from .records import Experience, Question
 from .values import copied, from_json, plain, to_json
 
@@ -179,7 +179,24 @@ def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     return row if "prompt" in row else row | {"prompt": None}
 
 
-def packed(question: Question) -> Question:
-    """The question with its images encoded."""
-    example = stored(question.example)
+def image_digests(row: Mapping[str, Any]) -> list[str]:
+    """Hashes of the images that a row shows: in its prompt and its image columns."""
+    found: list[str] = []
+
+    def note(image: Any) -> Any:
+        found.append(getattr(image, "digest", None) or pixel_digest(image))
+        return image
+
+    for column in ("prompt", "image", "images"):
+        map_images(row.get(column), note)
+    return found
+
+
+def packed(
+    question: Question,
+    known: MutableMapping[str, StoredImage] | None = None,
+    originals: Callable[[], list[bytes]] = list,
+) -> Question:
+    """The question with its images encoded, see [`stored`]."""
+    example = stored(question.example, known, originals)
     return question if example is question.example else Question(question.question_id, example)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -135,8 +135,20 @@ def map_images(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value) if kind in (StoredImage, ImageReference) or is_image(value) else value
 
 
-def stored(value: Any, known: MutableMapping[str, StoredImage] | None = None) -> Any:
-    """The value with its images of Pillow encoded, equal ones as one; they are looked up in `known` and put there."""
+def stored(
+    value: Any, known: MutableMapping[str, StoredImage] | None = None, originals: Callable[[], Iterable[bytes]] = tuple
+) -> Any:
+    """
+    The value with its images of Pillow encoded, equal ones as one.
+
+    Args:
+        value (`Any`):
+            A row, messages, or anything else.
+        known (`MutableMapping[str, StoredImage]`, *optional*):
+            Images by digest: where they are looked up, and put.
+        originals (`Callable`, *optional*):
+            Gives the files that images may have been decoded from. A photograph is a tenth as large as such.
+    """
     images = {} if known is None else known
 
     def store(image: Any) -> Any:
@@ -147,9 +159,23 @@ def stored(value: Any, known: MutableMapping[str, StoredImage] | None = None) ->
         digest = pixel_digest(image)
         # To encode an image takes far longer than to look for it.
         found = images.get(digest)
-        return images.setdefault(digest, StoredImage.of_digest(image, digest)) if found is None else found
+        if found is None:
+            found = images.setdefault(digest, _original(digest, originals()) or StoredImage.of_digest(image, digest))
+        return found
 
     return map_images(value, store)
+
+
+def _original(digest: str, files: Iterable[bytes]) -> StoredImage | None:
+    """The file that decodes to the image of that digest."""
+    for content in files:
+        candidate = StoredImage(content, digest)
+        try:
+            if pixel_digest(candidate.open()) == digest:
+                return candidate
+        except (OSError, ValueError, SyntaxError):  # not read by Pillow alone
+            continue
+    return None
 
 
 def opened(value: Any) -> Any:

@@ -169,7 +169,8 @@ class ReplayMetrics:
         """Add a generation batch whose rewards are known: fresh and replayed rollouts apart."""
         is_fresh, replays = batch.is_fresh, batch.replays
         fresh = np.where(is_fresh, batch.rewards, np.nan)
-        self.tokens_saved += sum(replay.experience.num_model_tokens for replay in replays)
+        if not batch.is_generated_whole:
+            self.tokens_saved += sum(replay.experience.num_model_tokens for replay in replays)
         self.add(
             {
                 "fresh/pass_rate": batch.fresh_pass_rate,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .records import Replay
+from .images import referenced
+from .records import Question, Replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +23,30 @@ class Plan:
             Whether replay has started: before, only solved questions are of interest.
         replays (`tuple[Replay, ...]`):
             What is replayed, ascending by row.
+        has_images (`bool`, *optional*, defaults to `False`):
+            Whether images belong to it, which are sent apart.
     """
 
     policy_version: int
     is_started: bool
     replays: tuple[Replay, ...] = ()
+    has_images: bool = False
+
+    def without_images(self) -> Plan:
+        """The plan with references in the place of images."""
+        replays = tuple(map(_without_images, self.replays))
+        is_same = all(bare is replay for bare, replay in zip(replays, self.replays, strict=True))
+        return self if is_same else replace(self, replays=replays, has_images=True)
+
+
+def _without_images(replay: Replay) -> Replay:
+    example, details = referenced(replay.question.example), replay.experience.details
+    if example is not replay.question.example:
+        replay = replace(replay, question=Question(replay.question.question_id, example))
+    if details is not None and details.images:
+        bare = replace(replay.experience, details=replace(details, images=()))
+        replay = replace(replay, experience=bare)
+    return replay
 
 
 def plan_rows(num_groups: int, group_size: int, num_replayed: int, rng: np.random.Generator) -> list[int]:

@@ -1,7 +1,7 @@
 """How the processes of a run talk: the main process decides, all are told, and what they saw comes back to it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -67,6 +67,15 @@ class Processes:
             gathered: list[T] | None = [mine] * self.count if self.is_main else None
             dist.gather_object(mine, gathered, dst=0)
         return gathered or []
+
+    def scatter(self, parts: Sequence[T]) -> T:
+        """The part of each process, of those that the main process has; the others give nothing."""
+        if self.count == 1:
+            return parts[0]
+        mine: list[T | None] = [None]
+        with self._timed("broadcasting"):
+            dist.scatter_object_list(mine, list(parts) if self.is_main else None, src=0)
+        return cast(T, mine[0])
 
     def highest(self, mine: int) -> int:
         """The highest of the numbers that the processes have, on all."""

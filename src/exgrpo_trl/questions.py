@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Image
 from transformers.utils import logging
 
 from .buffer import ReplayBuffer
-from .examples import canonical_rest, dataset_question_ids, row_question_id, with_prompt
+from .examples import canonical_rest, dataset_question_ids, image_digests, row_question_id, with_prompt
 from .images import stored
 from .prompts import Shown, has_images
 from .records import UNKNOWN_PROMPT, Experience, Question, prompt_hash
@@ -114,6 +115,11 @@ class TrainingQuestions:
         """Ids of all questions of a map-style dataset."""
         return self._rows_of.keys()
 
+    @property
+    def may_differ(self) -> bool:
+        """Whether a row may be another each time that it is read, as with a random transform."""
+        return self.is_stream or (self.dataset is not None and self.dataset.format["type"] == "custom")
+
     def rows_of(self, question_id: str) -> Sequence[int]:
         """Rows of a question in a map-style dataset."""
         return self._rows_of.get(question_id, ())
@@ -126,7 +132,24 @@ class TrainingQuestions:
         if not rows:
             return None
         row = with_prompt(dict(next(_rows(self.dataset, [rows[0]]))))
-        return Question(question.question_id, stored(row))
+        return Question(question.question_id, stored(row, None, lambda: self.image_files(question.question_id)))
+
+    def image_files(self, question_id: str) -> list[bytes]:
+        """The files that the images of a question were decoded from, as far as the dataset has them."""
+        rows = self.rows_of(question_id)
+        if self.is_stream or not rows:
+            return []
+        row = self.dataset.select([rows[0]]).with_format(None)
+        for column in ("image", "images"):
+            feature = row.features.get(column)
+            if isinstance(feature, Image):
+                row = row.cast_column(column, Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), Image):
+                row = row.cast_column(column, type(feature)(Image(decode=False)))
+        values = row.select_columns([name for name in ("image", "images") if name in row.column_names]).to_dict()
+        found = [value for of_column in values.values() for value in of_column]
+        found = [part for value in found for part in (value if isinstance(value, list) else [value])]
+        return [content for value in found if isinstance(value, dict) and (content := _content_of(value))]
 
 
 class Replayable:
@@ -194,14 +217,27 @@ class Replayable:
         for start in range(0, len(waiting), step):
             some = waiting[start : start + step]
             rendered = self.tokenize([of_one.row for _, of_one in some])
-            hashes |= {key: prompt_hash(ids) for (key, _), ids in zip(some, rendered, strict=True)}
+            hashes |= {
+                key: prompt_hash(ids, image_digests(of_one.example))
+                for (key, of_one), ids in zip(some, rendered, strict=True)
+            }
         return [
             hashes.get(key) if of_one.prompt_ids is None else None for key, of_one in zip(keys, shown, strict=True)
         ]
 
-    def collected(self, question_id: str) -> None:
-        """Take note of new completions of a question: there is something to replay."""
-        self._unusable.discard(question_id)
+    def collected(
+        self, question: Question, new: Sequence[Experience], stored: Callable[[], Sequence[Experience]]
+    ) -> list[Experience]:
+        """
+        Take note of new completions of a question: there is something to replay.
+
+        Returns the stored ones that answer other images, as those of a random transform: they belong to none any more.
+        """
+        self._unusable.discard(question.question_id)
+        if not new or not has_images(question.example):
+            return []
+        now = {experience.prompt_hash for experience in new}
+        return [e for e in stored() if e.prompt_hash not in now and not _has_own_prompt(e)]
 
     def sampler(self, sampler: QuestionSampler) -> QuestionSampler | Callable[..., Sequence[str]]:
         """The sampler, over what may be replayed."""
@@ -212,6 +248,18 @@ class Replayable:
     def completions(self, experiences: Sequence[Experience]) -> list[Experience]:
         """Those of a question's completions that may be replayed."""
         return [experience for experience in experiences if experience not in self._of_other_prompts]
+
+
+def _content_of(image: Mapping[str, Any]) -> bytes | None:
+    if image["bytes"] is not None:
+        return image["bytes"]
+    path = image.get("path")
+    return Path(path).read_bytes() if path and Path(path).is_file() else None
+
+
+def _has_own_prompt(experience: Experience) -> bool:
+    details = experience.details
+    return details is not None and (details.prompt_text is not None or bool(details.prompt_bytes))
 
 
 class _Usable:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import operator
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,10 +260,12 @@ class Replay:
     entropy: float | None = None
 
 
-def prompt_hash(token_ids: ArrayLike) -> int:
-    """A number that differs where the tokens of two prompts differ; never that of an unknown prompt."""
-    digest = hashlib.blake2b(np.asarray(token_ids, dtype=np.int64).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True) or 1
+def prompt_hash(token_ids: ArrayLike, image_digests: Iterable[str] = ()) -> int:
+    """A number that differs where tokens or images of two prompts differ; never that of an unknown prompt."""
+    digest = hashlib.blake2b(np.asarray(token_ids, dtype=np.int64).tobytes(), digest_size=8)
+    for of_image in image_digests:
+        digest.update(of_image.encode())
+    return int.from_bytes(digest.digest(), "little", signed=True) or 1
 
 
 def as_integer(name: str, value: Any, alternative: str = "") -> int:

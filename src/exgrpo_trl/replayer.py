@@ -3,7 +3,9 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -15,13 +17,16 @@ from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
 from .coverage import Coverage
 from .dataset import DroppedQuestions
+from .examples import packed
+from .images import StoredImage
 from .metrics import LogRatios, ReplayMetrics
 from .notices import Notices
 from .plan import Plan
 from .processes import Processes
 from .prompts import Prompts
 from .questions import Replayable, TrainingQuestions
-from .scoring import Prompted, Scores, score_candidates
+from .records import Experience, Question, Replay
+from .scoring import Prompted, Scores, score_candidates, without_images
 from .selection import Selection
 from .strategies import Strategies
 from .strategies.admission import Admission
@@ -108,6 +113,7 @@ class Replayer:
         self.notices = Notices(args, success_rule, requires_success=strategies.admission.requires_success)
         self._has_begun = False
         self._version_offset = 0
+        self._images: WeakValueDictionary[str, StoredImage] = WeakValueDictionary()  # encoded already
 
     @property
     def buffer(self) -> Any:
@@ -195,18 +201,25 @@ class Replayer:
             self._has_begun = True
             if self.is_started and not self.is_stopped:
                 selection.draw(self._version_offset + global_step)
-            return self.is_started, selection.to_score(self.prompts)
+            drawn.extend(selection.to_score(self.prompts))
+            return self.is_started, [without_images(of_one) for of_one in drawn] if is_sent else drawn
 
+        # What the main process alone has: images are sent to those that need them.
+        is_sent = self.processes.count > 1
+        drawn: list[Prompted] = []
+        chosen: list[Plan] = []
         is_started, to_score = self.processes.decide("drawing the questions to replay", draw)
         before_scoring = time.perf_counter()
-        scores = score_candidates(to_score, self.score, self.processes, self.args.per_device_train_batch_size)
+        scores = score_candidates(to_score, self.score, self.processes, self.args.per_device_train_batch_size, drawn)
         scoring_seconds = time.perf_counter() - before_scoring
 
         def choose() -> Plan:
             replays = tuple(selection.choose(scores, unseen, self.rng))
-            return Plan(self._version_offset + global_step, self.is_started and not self.is_stopped, replays)
+            chosen.append(Plan(self._version_offset + global_step, self.is_started and not self.is_stopped, replays))
+            return chosen[0].without_images() if is_sent else chosen[0]
 
-        plan = self.processes.decide("choosing the completions to replay", choose)
+        told = self.processes.decide("choosing the completions to replay", choose)
+        plan = self._with_images(chosen[0] if chosen else None, told, num_rows)
         self.metrics.add_selection(
             selection_seconds=time.perf_counter() - start - scoring_seconds if is_started else 0.0,
             scoring_seconds=scoring_seconds if is_started else 0.0,
@@ -214,9 +227,33 @@ class Replayer:
         )
         shape = self.args.num_groups, self.args.num_generations
         self._num_planned += 1
-        self.batch = Batch(plan, first_row, num_rows, *shape, number=self._num_planned, global_step=global_step)
+        self.batch = Batch(
+            plan,
+            first_row,
+            num_rows,
+            *shape,
+            number=self._num_planned,
+            global_step=global_step,
+            may_differ=self.questions.may_differ,
+        )
         self._open[self.batch.number] = self.batch
         return self.batch
+
+    def _with_images(self, whole: Plan | None, told: Plan, num_rows: int) -> Plan:
+        """The plan as a process needs it: images are sent to those alone whose groups show them."""
+        if not told.has_images:
+            return told
+        group_size = self.args.num_generations
+
+        def shows(rank: int, replay: Replay) -> bool:
+            group = replay.row // group_size
+            first, last = (group * group_size) // num_rows, (group * group_size + group_size - 1) // num_rows
+            return first <= rank <= last
+
+        of_ranks = range(self.processes.count)
+        parts = [{r.row: r for r in whole.replays if shows(rank, r)} for rank in of_ranks] if whole is not None else []
+        mine = self.processes.scatter(parts)
+        return whole or replace(told, replays=tuple(mine.get(replay.row, replay) for replay in told.replays))
 
     def observe(self, batch: Batch, output: Mapping[str, torch.Tensor]) -> None:
         """
@@ -291,11 +328,14 @@ class Replayer:
     def _collect_batch(self, batch: Batch) -> None:
         # Known to all, so that nothing is sent for nothing.
         is_told = self.coverage.is_on or bool(batch.concerns_buffer.any())
-        shares = self.processes.gather(batch.share()) if is_told else []
+        shares = self.processes.gather(batch.share(self._pack)) if is_told else []
         self.processes.decide("collecting completions", lambda: self._collect(batch, shares))
         batch.is_collected = True
         self.strategies.weighting.observe(batch)
         self.metrics.add_process_seconds(self.processes.seconds)
+
+    def _pack(self, question: Question) -> Question:
+        return packed(question, self._images, lambda: self.questions.image_files(question.question_id))
 
     def _collect(self, batch: Batch, shares: Sequence[Share]) -> None:
         admission = batch.admission
@@ -319,13 +359,28 @@ class Replayer:
                     group_size=batch.group_size,
                     bucket=int(admission.buckets[group]),
                 )
-                self.replayable.collected(question.question_id)
+                self._forget_other_images(question, experiences)
             elif is_solved and self.args.retire_solved:
                 self.buffer.retire(question.question_id)
         self.metrics.add_collection(evicted_incorrect=evicted)
         if not self.is_started:
             self.is_started = batch.fresh_pass_rate > self.args.replay_start_pass_rate  # type: ignore[operator]
         self.strategies.observe(batch)
+
+    def _forget_other_images(self, question: Question, new: Sequence[Experience]) -> None:
+        def stored() -> Sequence[Experience]:
+            is_stored = question.question_id not in self.buffer.retired
+            return self.buffer.completions(question.question_id) if is_stored else ()
+
+        others = self.replayable.collected(question, new, stored)
+        for experience in others:
+            self.buffer.evict(question.question_id, experience)
+        if others:
+            self.buffer.update(question)
+            logger.warning_once(
+                "Images of a question are not what they were when its stored completions were generated, as with a "
+                "random transform: completions of other images are evicted. Leave out such a transform to replay more."
+            )
 
     def finish(self) -> None:
         """Collect the last batch, and say so if no completion ever counted as correct."""

@@ -65,14 +65,23 @@ def score_candidates(
     score: Callable[[Sequence[Prompted]], list[Scores]],
     processes: Processes,
     batch_size: int,
+    with_images: Sequence[Prompted] = (),
 ) -> dict[int, Scores]:
-    """Scores by number of the completion, on the main process; all processes call this, and each makes its share."""
+    """
+    Scores by number of the completion, on the main process; all processes call this, and each makes its share.
+
+    Where completions came without their images, `with_images` has them on the main process, which sends out shares.
+    """
     if not prompted:
         return {}
     lengths = [len(of_one.prompt) + len(of_one.completion) for of_one in prompted]
     # With images one by one: models differ in how they lay out the pixels of several rows.
     batch_size = 1 if any(of_one.row is not None for of_one in prompted) else batch_size
     dealt = deal_forwards(lengths, processes.count, batch_size)
+    if processes.count > 1 and any(of_one.row is not None for of_one in prompted):
+        numbers = [list(itertools.chain(*forwards)) for forwards in dealt]
+        whole = processes.scatter([{n: with_images[n] for n in of_rank} for of_rank in numbers] if with_images else [])
+        prompted = [whole.get(number, of_one) for number, of_one in enumerate(prompted)]
     with processes.together("scoring the candidates"):
         mine = [
             scores for forward in dealt[processes.rank] for scores in score([prompted[number] for number in forward])
@@ -81,6 +90,11 @@ def score_candidates(
     for share, scored in zip(dealt, processes.gather(mine), strict=False):
         by_number.update(zip(itertools.chain(*share), scored, strict=True))
     return by_number
+
+
+def without_images(of_one: Prompted) -> Prompted:
+    """The completion for processes that do not score it: they deal alike."""
+    return of_one if of_one.row is None else of_one._replace(row={}, messages=None)
 
 
 def add_scores(

@@ -1,21 +1,20 @@
 """[`ExGRPOTrainer`]: TRL's `GRPOTrainer` with experience replay. Calls TRL's methods, never repeats them."""
 
-import functools
 import inspect
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather, is_peft_model, send_to_device
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .batch import COLUMNS, IDENTITY, Batch, loss_mask
+from .batch import COLUMNS, IDENTITY
 from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import (
     Location,
@@ -37,22 +36,16 @@ from .compatibility import (
     naming_overrides,
     overridden,
     wrapped,
-    wrapped_value,
 )
 from .config import ExGRPOConfig
 from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset, has_images, undecodable_row
+from .generation import GenerationHooks
 from .processes import Processes
-from .prompts import Prompts, images_of
+from .prompts import Prompts
 from .questions import TrainingQuestions
 from .records import ExperienceBufferError
 from .replayer import Replayer, TrainedRows
-from .rewards import keeping_stored
 from .rollouts import Rollouts, SingleTurnRollouts, VLLMRollouts
-from .rollouts.environments import stand_ins, without_images
-from .rollouts.functions import call_rollout_function
-from .rollouts.multi_turn import EvenTurns, put_stored_rollouts, snapshot
-from .rollouts.vllm import correct_fresh_only
-from .scoring import Prompted, Scores, evaluating, reshard, score_completions
 from .strategies import Strategies
 from .strategies.weighting import show_replayed
 from .success import SuccessRule
@@ -73,23 +66,18 @@ def _path_or(buffer: Any, otherwise: str) -> str:
     return str(buffer) if isinstance(buffer, str | os.PathLike) else otherwise
 
 
-def _after(first: Callable[[], None], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around a method: something else before it."""
-    first()
-    return method(*args, **kwargs)
-
-
 logger = logging.get_logger(__name__)
 
 
-class ExGRPOTrainer(GRPOTrainer):
+class ExGRPOTrainer(GenerationHooks):
     """
     Trainer for Experiential Group Relative Policy Optimization (ExGRPO), from [ExGRPO: Learning to Reason from
     Experience](https://huggingface.co/papers/2510.02245).
 
     A drop-in replacement for [`~trl.GRPOTrainer`]: a share of the questions of every generation batch is replayed. The
     group of a replayed question holds one stored success, weighted by importance, and `num_generations - 1` fresh
-    completions.
+    completions. Rollouts of tools, environments and rollout functions are replayed whole, without a call or a reset;
+    completions about images are replayed, too.
 
     Example:
 
@@ -109,8 +97,8 @@ class ExGRPOTrainer(GRPOTrainer):
 
     Args:
         model, reward_funcs, args, ...:
-            As for [`~trl.GRPOTrainer`], whose further arguments are passed on, `peft_config` included. `args` is an
-            [`ExGRPOConfig`].
+            As for [`~trl.GRPOTrainer`], whose further arguments are passed on: `peft_config`, `tools`,
+            `environment_factory`, `rollout_func` and all others. `args` is an [`ExGRPOConfig`].
         experience_buffer ([`ExperienceBuffer`], `str` or `PathLike`, *optional*):
             Buffer to replay from and to collect into, for example one that is filled already, or the path of a saved
             one: its directory, a checkpoint, or the directory of a run. By default an empty one.
@@ -136,8 +124,12 @@ class ExGRPOTrainer(GRPOTrainer):
 
     Raises:
         `NotImplementedError`:
-            When something cannot work with replay or with the installed TRL (below 1.14: Liger's loss, and tools with
-            a vLLM server).
+            When something cannot work with replay (tensor, context and sequence parallelism, unknown loss types, and
+            tools or environments on several processes with a vLLM server or vLLM's tensor parallelism) or with the
+            installed TRL (Liger's loss below 1.14; tools or environments with a vLLM server below 1.14.1).
+        `TypeError`:
+            When the dataset has a column that cannot be stored, `args` is no [`ExGRPOConfig`], or something else than
+            a buffer or a strategy is given as one.
         `ValueError`:
             When the configuration, the question ids or the buffer do not fit together.
     """
@@ -193,14 +185,8 @@ class ExGRPOTrainer(GRPOTrainer):
             weighting=weighting,
         )
 
-        # Rewards that TRL adds to these are those of environments.
-        given = bound.arguments.get("reward_funcs")
-        self._num_reward_funcs = len(given) if isinstance(given, list) else int(given is not None)
-        self._has_environments = bool(bound.arguments.get("environment_factory"))
-        self._has_rollout_func = bound.arguments.get("rollout_func") is not None
         super().__init__(model, reward_funcs, args, *positional, **keywords)
 
-        self._prompts = Prompts(self)
         questions = self._training_questions()
         self.replayer = Replayer(
             buffer,
@@ -215,21 +201,21 @@ class ExGRPOTrainer(GRPOTrainer):
                 args.success_threshold,
                 args.success_reward if self._is_replay_enabled else None,
             ),
-            prompts=self._prompts,
+            prompts=Prompts(self),
             score=self._score,
         )
         if not self._is_replay_enabled:
             return
         # Nobody must read tool calls out of a stored rollout, so that tools go first.
-        self._stand_in = [self._text_tokenizer.eos_token_id] if self.tools else None
-        self._rollouts: Rollouts = SingleTurnRollouts(self._stand_in)
+        stand_in = [self._text_tokenizer.eos_token_id] if self.tools else None
+        self._rollouts: Rollouts = SingleTurnRollouts(stand_in)
         if self.use_vllm:
             check_vllm(self.vllm_generation, is_main=self.accelerator.is_main_process)
             self._rollouts = VLLMRollouts(
                 self.vllm_generation,
                 self._processes,
                 getattr(self, "vllm_tensor_parallel_size", 1),
-                self._stand_in,
+                stand_in,
             )
         self._processes.decide(
             "checking the experience buffer",
@@ -267,212 +253,6 @@ class ExGRPOTrainer(GRPOTrainer):
             if self._is_replay_enabled and not isinstance(mine, RemoteBuffer):
                 self._check_buffer(mine, _path_or(buffer, "assigned to the trainer"))
         self.replayer.buffer = mine
-
-    # Generation
-
-    @property
-    def _generated_batch(self) -> Batch | None:
-        """The batch that is being generated and scored; none in plain GRPO or in an evaluation."""
-        batch = self.replayer.batch
-        return batch if batch is not None and batch.is_generating else None
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self._is_replay_enabled:
-            return super()._generate_and_score_completions(inputs)
-        if not self.model.training:
-            with wrapped(self, "_calculate_rewards", self._mark_fresh):
-                return super()._generate_and_score_completions(inputs)
-        batch = self.replayer.next_batch(inputs, self.state.global_step)
-        with self._processes.together("preparing a batch"):
-            inputs = batch.place(inputs, self.replayer.questions.id_of)
-        # Around what TRL calls, so that overrides of a subclass are seen as TRL sees them.
-        with (
-            batch.generating(),
-            self._rolling_out(batch, inputs),
-            wrapped(self, "_calculate_rewards", functools.partial(self._take_rewards, batch)),
-            wrapped(self, "_get_per_token_logps_and_entropies", functools.partial(self._keep_forward, batch)),
-        ):
-            output = super()._generate_and_score_completions(inputs)
-            with self._processes.together("checking what was generated"), naming_overrides(self, GENERATING):
-                batch.check_tokens(output)
-            if batch.replays and "importance_sampling_ratio" in output:
-                by_sequence = self.vllm_importance_sampling_mode.startswith("sequence")
-                metrics = correct_fresh_only(output, batch, self.accelerator.gather, by_sequence=by_sequence)
-                for name, value in metrics.items():
-                    self._metrics["train"][name][-1] = value
-            self.replayer.observe(batch, output)
-            output |= batch.columns(output["completion_ids"])
-            # Where TRL computed the log-probabilities at generation, the policy may move before a row is trained.
-            old_logps = output.get("old_per_token_logps")
-            if old_logps is not None:
-                entropies = batch.entropies_of(old_logps, loss_mask(output).bool())
-                batch.record(range(batch.first_row, batch.first_row + batch.num_rows), old_logps, entropies)
-            return output
-
-    def _generate_single_turn(
-        self, prompt_ids: list[Any], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        batch = self._generated_batch
-        if batch is None or not batch.is_first_turn:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-
-        if len(prompt_ids) != batch.num_rows:
-            raise RuntimeError(
-                f"{overridden(self, GENERATING)} asks for {len(prompt_ids)} completions of a batch of "
-                f"{batch.num_rows} rows, so that stored completions cannot find theirs. Call the method of the "
-                "parent once with all rows, or set replay_fraction=0 to train without replay."
-            )
-
-        def generate(prompt_ids: Any, images: Any, multimodal_fields: Any) -> Any:
-            return super(ExGRPOTrainer, self)._generate_single_turn(
-                prompt_ids, images, multimodal_fields, *args, **kwargs
-            )
-
-        output = self._rollouts(generate, prompt_ids, images, multimodal_fields, batch)
-        # Later turns are those of the rows that called a tool; where there are none, there is no later turn.
-        batch.is_first_turn = self._stand_in is None
-        return output
-
-    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_replay_enabled:
-            return super()._tool_call_loop(*args, **kwargs)
-        with self._processes.together("calling tools"), self._even_turns():
-            result = super()._tool_call_loop(*args, **kwargs)
-        batch = self._generated_batch
-        if batch is None:
-            return result
-        return put_stored_rollouts(
-            result, batch, functools.partial(self._text_tokenizer.decode, skip_special_tokens=True)
-        )
-
-    @contextmanager
-    def _even_turns(self) -> Iterator[None]:
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        is_sharded = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-        if self.use_vllm or not is_sharded or self._processes.count == 1:
-            yield
-            return
-        takes_number = "num_generations" in inspect.signature(GRPOTrainer._generate_single_turn).parameters
-        prompt = [[self._text_tokenizer.eos_token_id]]
-        generate = functools.partial(super()._generate_single_turn, prompt, None, {}, *([1] if takes_number else []))
-        turns = EvenTurns(self._processes, generate)
-        with turns.until_all_are_done(), wrapped(self, "_generate_single_turn", turns.turn):
-            yield
-
-    @contextmanager
-    def _rolling_out(self, batch: Batch, inputs: list[dict[str, Any]]) -> Iterator[None]:
-        """While a batch is generated: environments and rollout functions are kept from rows of stored rollouts."""
-        with ExitStack() as stack:
-            if self._has_environments:
-                batch.fresh.prompts = {}
-                stack.enter_context(stand_ins(self, batch, inputs))
-                # Until prompts are known: a process whose environment fails must not leave the others waiting.
-                resetting = stack.enter_context(ExitStack())
-                resetting.enter_context(self._processes.together("resetting the environments"))
-                stack.enter_context(wrapped(self, "_generate", functools.partial(_after, resetting.close)))
-            if self._has_rollout_func:
-                stack.enter_context(wrapped(self, "rollout_func", functools.partial(self._call_rollout_func, batch)))
-            yield
-
-    def _call_rollout_func(self, batch: Batch, function: Callable[..., Any], prompts: list[Any], trainer: Any) -> Any:
-        with self._processes.together("calling the rollout function"):
-            return call_rollout_function(
-                function,
-                prompts,
-                trainer,
-                batch=batch,
-                fresh_only=self.args.rollout_fresh_only,
-                stand_in=self._stand_in,
-                tokenize=lambda rows: self._tokenize_prompts([prompts[row] for row in rows])[0],
-            )
-
-    @property
-    def _text_tokenizer(self) -> Any:
-        return getattr(self.processing_class, "tokenizer", self.processing_class)
-
-    @property
-    def _keeps_rewards(self) -> bool:
-        """Whether stored completions keep the rewards that they had."""
-        return (self.args.replay_rewards or ("stored" if self._has_environments else "recomputed")) == "stored"
-
-    def _take_rewards(self, batch: Batch, calculate: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Around `_calculate_rewards` while a batch is generated: its rewards, and its completions as they came."""
-        arguments = self._reward_arguments(*args, **kwargs)
-        num_rows = len(arguments["prompts"])
-        self._log_completion_extra("replayed", [position in batch.stored for position in range(num_rows)])
-        if batch.fresh.prompts is not None:
-            self._keep_shown_prompts(batch, arguments)
-        with self._processes.together("computing rewards"):
-            try:
-                with wrapped_value(self, "reward_funcs", self._reward_funcs_for(batch)):
-                    rewards = calculate(*args, **kwargs)
-            except Exception:
-                if self._processes.count > 1:  # the others wait for this one in TRL's gather
-                    gather(torch.zeros(num_rows, len(self.reward_funcs), device=self.accelerator.device))
-                raise
-            self.replayer.success_rule.follow(
-                self.reward_func_names, self.reward_weights.tolist(), self.args.success_threshold
-            )
-            with naming_overrides(self, ("_calculate_rewards",)):
-                batch.take_rewards(rewards, [list(ids) for ids in arguments["completion_ids_list"]])
-            if self._keeps_rewards or self._has_environments:
-                batch.fresh.reward_names = list(self.reward_func_names)
-        return rewards
-
-    def _reward_funcs_for(self, batch: Batch) -> list[Any]:
-        """Reward functions of a batch: those whose rewards stored rows keep are asked about fresh rows."""
-        first_kept = 0 if self._keeps_rewards else self._num_reward_funcs  # those of an environment cannot be asked
-        if not batch.stored:
-            return list(self.reward_funcs)
-        return [
-            *self.reward_funcs[:first_kept],
-            *keeping_stored(
-                self.reward_funcs[first_kept:], self.reward_func_names[first_kept:], batch.stored, batch.num_rows
-            ),
-        ]
-
-    def _keep_shown_prompts(self, batch: Batch, arguments: dict[str, Any]) -> None:
-        """Prompts as environments showed them are part of the rollouts: they may differ within a group."""
-        for position, (row, prompt) in enumerate(zip(arguments["inputs"], arguments["prompts"], strict=True)):
-            if position not in batch.stored:
-                shown = without_images(prompt, images_of(row))
-                batch.fresh.prompts[position] = snapshot(shown)  # type: ignore[index]
-
-    def _mark_fresh(self, calculate: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Around `_calculate_rewards` in an evaluation: TRL's table of completions has the same columns as ever."""
-        self._log_completion_extra("replayed", [False] * len(self._reward_arguments(*args, **kwargs)["prompts"]))
-        return calculate(*args, **kwargs)
-
-    def _reward_arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Arguments of `_calculate_rewards` by name, however TRL passes them."""
-        return inspect.signature(GRPOTrainer._calculate_rewards).bind(self, *args, **kwargs).arguments
-
-    def _keep_forward(self, batch: Batch, forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around a forward while a batch is generated: log-probabilities of the policy come with their entropies."""
-        if model is not self.model:
-            return forward(model, *args, **kwargs)
-        outputs = forward(model, *args, **kwargs | {"compute_entropy": True})
-        batch.forwards.append((outputs[0], outputs[1]))
-        return outputs
-
-    def _score(self, prompted: Sequence[Prompted]) -> list[Scores]:
-        pixels: dict[str, Any] = {}
-        if any(of_one.row is not None for of_one in prompted):
-            (of_one,) = prompted
-            of_one, pixels = self._prompts.with_pixels(of_one)
-            prompted, pixels = [of_one], send_to_device(pixels, self.accelerator.device)
-
-        def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> Any:
-            return self._get_per_token_logps_and_entropies(
-                self.model, input_ids, attention_mask, logits_to_keep, compute_entropy=True, **pixels
-            )[:2]
-
-        with evaluating(self.model):
-            scores = score_completions(
-                prompted, forward, pad_token_id=self._text_tokenizer.pad_token_id, device=self.accelerator.device
-            )
-        reshard(self.model)
-        return scores
 
     # Loss
 
@@ -614,14 +394,16 @@ class ExGRPOTrainer(GRPOTrainer):
             # The main process goes on to write the state of the trainer, which says that a checkpoint is complete.
             self._processes.wait()
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        self._has_missing_weights = bool(load_result.missing_keys)
-        super()._issue_warnings_after_load(load_result)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._has_missing_weights = False
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self._is_replay_enabled or not self._has_missing_weights or is_peft_model(self.model):
+        missing: list[str] = []
+
+        def note(warn: Callable[[Any], None], load_result: Any) -> None:
+            missing.extend(load_result.missing_keys)
+            warn(load_result)
+
+        with wrapped(self, "_issue_warnings_after_load", note):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._is_replay_enabled or not missing or is_peft_model(self.model):
             return
         # transformers saves some models (LLaVA, Qwen2-VL) under other names than it resumes them from, and goes on
         # with the weights of the start. Loaded as a model, the checkpoint gets the right names.

@@ -19,6 +19,7 @@ from agents import (
     last_letter_reward,
     room_dataset,
     score_reward,
+    skip_unless_able,
     slow_environment_reward,
 )
 from packaging.version import Version
@@ -27,7 +28,7 @@ from tiny import completion_logps, make_trainer, parameters_of
 from trl import GRPOTrainer
 from watched import WatchedTrainer
 
-from exgrpo_trl import ExGRPOTrainer
+from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer
 
 TRL = Version(trl.__version__)
 HAS_POOL = Version("1.8") <= TRL
@@ -119,6 +120,7 @@ class AgentTrainer(ExGRPOTrainer):
 
 
 def options_of(kind, **changes):
+    skip_unless_able(kind)
     options, watched = KINDS[kind]()
     return agent_options(success_threshold=0.5, max_steps=6) | options | changes, watched
 
@@ -163,7 +165,11 @@ def test_nothing_is_done_for_a_stored_row(tmp_path, kind):
     if kind.startswith("function"):
         num_asked = sum(map(len, watched.asked))
         assert num_asked == (len(fresh) if kind == "function_fresh_only" else 16 * len(trainer.batches))
+        # Where all rows were asked for, nothing was saved.
+        assert bool(trainer.replayer.metrics.tokens_saved) == (kind == "function_fresh_only")
         return
+    stored = [experience for batch in trainer.batches for experience in batch["stored"].values()]
+    assert trainer.replayer.metrics.tokens_saved == sum(int(experience.is_model.sum()) for experience in stored)
     if kind == "tools":
         done = Counter(name for name, _ in watched.calls)
     else:
@@ -230,6 +236,77 @@ def test_stored_log_probabilities_are_those_of_the_generating_policy(tmp_path, k
         num_checked += 1
         num_foreign += int((~is_model).sum())
     assert num_checked > 8
+    assert num_foreign > 20
+
+
+def test_the_observation_is_part_of_the_prompt(tmp_path):
+    """A control: without what the environment had shown, stored log-probabilities are off."""
+    trainer, _ = train(tmp_path, "environment_observes", retire_solved=False)
+    errors = []
+    for question, _, experience in trainer.experience_buffer.items():
+        assert experience.details.prompt[-1]["content"].endswith(f" door {question.example['seed']}")
+        batch = trainer.batches[experience.policy_version]
+        blind = trainer.processing_class.apply_chat_template(
+            question.example["prompt"], tools=trainer.tools, add_generation_prompt=True, return_dict=False
+        )
+        with torch.no_grad():
+            logps, _ = completion_logps(batch["policy"], blind, experience.token_ids.copy())
+        is_model = experience.is_model
+        errors.append(np.abs(experience.behavior_per_token_logps - logps.numpy())[is_model].max())
+    assert len(errors) > 8
+    assert min(errors) > 1e-3
+
+
+def test_a_dropped_mask_is_noticed(tmp_path):
+    """A control: TRL's own replay lost the mask, and trained on what tools had said (TRL #6439)."""
+
+    class Forgetful(ExGRPOTrainer):
+        def _tool_call_loop(self, *args, **kwargs):
+            masks, *rest = super()._tool_call_loop(*args, **kwargs)
+            return [[1] * len(mask) for mask in masks], *rest
+
+    options, _ = options_of("tools")
+    trainer = make_trainer(tmp_path, Forgetful, **options)
+    with pytest.raises(RuntimeError, match=r"Forgetful\._tool_call_loop.*trains on other tokens than those"):
+        trainer.train()
+
+
+class ScoredTrainer(AgentTrainer):
+    """Keeps what was scored, with the policy of that moment."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scored = []
+
+    def _score(self, prompted):
+        scores = super()._score(prompted)
+        policy = copy.deepcopy(self.pristine).double()
+        policy.load_state_dict(self.model.state_dict())
+        self.scored.extend((policy, *pair) for pair in zip(prompted, scores, strict=True))
+        return scores
+
+
+@pytest.mark.parametrize("kind", ["tools", "environment_observes_anew", "function"])
+def test_candidates_are_scored_by_what_the_model_wrote(tmp_path, kind):
+    trainer, _ = train(tmp_path, kind, ScoredTrainer, completion_selection="lowest_entropy")
+    stored = {e.token_bytes: e for b in trainer.batches for e in b["stored"].values()}
+    stored |= {experience.token_bytes: experience for _, _, experience in trainer.experience_buffer.items()}
+    num_checked = num_foreign = 0
+    for policy, of_one, (entropy, negative_log_likelihood) in trainer.scored:
+        experience = stored.get(of_one.completion.tobytes())
+        if experience is None:  # retired since
+            continue
+        batch = trainer.batches[experience.policy_version]
+        prompts = [own(batch, row, "prompt") for row in range(16) if own(batch, row) == of_one.completion.tolist()]
+        assert list(of_one.prompt) in prompts
+        with torch.no_grad():
+            logps, entropies = completion_logps(policy, of_one.prompt, of_one.completion.copy())
+        is_model = torch.from_numpy(experience.is_model.copy())
+        assert entropy == pytest.approx(entropies[is_model].mean().item(), abs=2e-5)
+        assert negative_log_likelihood == pytest.approx(-logps[is_model].mean().item(), abs=2e-5)
+        num_checked += 1
+        num_foreign += int((~is_model).sum())
+    assert num_checked > 5
     assert num_foreign > 20
 
 
@@ -345,3 +422,27 @@ def test_evaluation_reads_and_writes_nothing(tmp_path):
     assert contents(trainer.experience_buffer) == before
     assert len(rooms.events("reset")) == num_resets + 16
     assert all(type(environment) is Room for environment in trainer.environments)
+
+
+@pytest.mark.parametrize("agent", [{"tools": Watched().tools}, {"environment_factory": Rooms()}])
+@pytest.mark.parametrize(
+    ("num_processes", "options", "way_out"),
+    [
+        pytest.param(
+            1,
+            {"vllm_mode": "server"},
+            r"1\.14\.1 or later, or set vllm_mode='colocate'",
+            marks=pytest.mark.skipif(Version("1.14.1") <= TRL, reason="this TRL can do it"),
+        ),
+        (2, {"vllm_mode": "server"}, "vllm_mode='colocate'"),
+        (
+            2,
+            {"vllm_mode": "colocate", "vllm_tensor_parallel_size": 2},
+            "Use one process, or vllm_mode='colocate' with vllm_tensor_parallel_size=1",
+        ),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused(tmp_path, monkeypatch, agent, num_processes, options, way_out):
+    monkeypatch.setattr(ExGRPOConfig, "world_size", num_processes)
+    with pytest.raises(NotImplementedError, match=f"{next(iter(agent))}.*{way_out}"):
+        make_trainer(tmp_path, use_vllm=True, **options, **agent)

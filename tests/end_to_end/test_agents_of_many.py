@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from agents import Room, Rooms
+from agents import Room, Rooms, skip_unless_able
 from ranks import MODES, assert_engaged, run_ranks, whole_parameters
 from same_rollouts import buffer_contents
 from test_agents import KINDS, AgentTrainer, calls_in, options_of, own
+from test_vision import VisionTrainer, same_image
+from test_vision import options_of as vision_options
 from tiny import make_trainer
 
 
@@ -58,6 +60,7 @@ def train_agent(mode, mode_options, folder, kind, options):
 @pytest.mark.parametrize("kind", [kind for kind in ("tools", "environment_observes", "function") if kind in KINDS])
 @pytest.mark.parametrize("mode", MODES)
 def test_rollouts_of_several_turns(tmp_path, mode, kind):
+    skip_unless_able(kind)
     run_ranks(train_agent, str(tmp_path), kind, {}, folder=tmp_path, mode=mode)
     ranks = [torch.load(tmp_path / f"result{rank}.pt", weights_only=False) for rank in range(2)]
     assert sum(map(sum, (rank["num_stored"] for rank in ranks))) > 4
@@ -89,4 +92,50 @@ def fail_to_reset(mode, mode_options, folder):
 
 
 def test_an_environment_that_fails_stops_all(tmp_path):
+    skip_unless_able("environment")
     run_ranks(fail_to_reset, str(tmp_path), folder=tmp_path)
+
+
+def train_vision(mode, mode_options, folder):
+    changes = {"per_device_train_batch_size": 8, "max_steps": 5, "optim": "sgd"}
+    trainer = make_trainer(
+        Path(folder) / "out", VisionTrainer, **vision_options("same_text", **mode_options | changes)
+    )
+    sent = []
+    scatter = trainer.replayer.processes.scatter
+
+    def watched(parts):
+        mine = scatter(parts)
+        sent.append(sorted(mine))
+        return mine
+
+    trainer.replayer.processes.scatter = watched
+    trainer.train()
+    assert_engaged(trainer, mode, 2)
+    by_answer = {row["answer"]: row for row in trainer.train_dataset}
+    rank = trainer.accelerator.process_index
+    num_stored = 0
+    for batch in trainer.batches:
+        for row in range(8):
+            replay = batch["replays"].get(8 * rank + row)
+            if replay is None:
+                continue
+            assert own(batch, row) == replay.experience.token_ids.tolist()
+            assert same_image(batch["rows"][row]["image"], by_answer[batch["rows"][row]["answer"]]["image"])
+            num_stored += 1
+    torch.save(
+        {"num_stored": num_stored, "sent": sent, "parameters": whole_parameters(trainer)}, f"{folder}/{rank}.pt"
+    )
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero3"])
+def test_images(tmp_path, mode):
+    run_ranks(train_vision, str(tmp_path), folder=tmp_path, mode=mode)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    assert all(rank["num_stored"] > 1 for rank in ranks)
+    for name, parameter in ranks[0]["parameters"].items():
+        assert torch.equal(parameter, ranks[1]["parameters"][name]), name
+    # Each process is sent its own images alone.
+    assert any(ranks[0]["sent"])
+    for mine, others in zip(ranks[0]["sent"], ranks[1]["sent"], strict=True):
+        assert mine != others or len(mine) <= 1

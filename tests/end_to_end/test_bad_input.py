@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import trl
 from tiny import first_letter_reward, make_trainer, tiny_arguments, tiny_dataset
-from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from exgrpo_trl import (
@@ -18,7 +17,7 @@ from exgrpo_trl import (
     Question,
     question_id_of,
 )
-from exgrpo_trl.compatibility import check_hooks, check_processing_class, check_vllm
+from exgrpo_trl.compatibility import check_hooks, check_vllm
 from exgrpo_trl.examples import row_question_id
 
 NAN, INF = float("nan"), float("inf")
@@ -75,19 +74,6 @@ def test_a_plain_config_is_refused(tmp_path):
         ExGRPOTrainer("model", first_letter_reward, GRPOConfig(**tiny_arguments(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("tools", [lambda: None]),
-        ("rollout_func", lambda prompts, trainer: {}),
-        ("environment_factory", lambda: None),
-    ],
-)
-def test_multi_turn_generation_is_refused(tmp_path, option, value):
-    with pytest.raises(NotImplementedError, match=rf"{option}.*replay_fraction=0"):
-        make_trainer(tmp_path, **{option: value})
-
-
 @pytest.mark.parametrize("option", ["seed", "n", "best_of"])
 def test_generation_options_that_vllm_takes_for_whole_groups(tmp_path, option):
     with pytest.raises(ValueError, match=rf"generation_kwargs has {option}, .*replay_fraction=0"):
@@ -110,21 +96,6 @@ def test_vllm_of_a_trl_that_is_not_known(vllm, is_main, missing):
         return
     with pytest.raises(RuntimeError, match=rf"relies on {missing}.* of SimpleNamespace.*trl \d"):
         check_vllm(vllm, is_main)
-
-
-def test_images_are_refused(tmp_path):
-    dataset = tiny_dataset().add_column("image", [None] * 16)
-    with pytest.raises(NotImplementedError, match=r"'image'.*replay_fraction=0"):
-        make_trainer(tmp_path, train_dataset=dataset)
-
-
-def test_vision_language_models_are_refused():
-    class Processor(ProcessorMixin):
-        def __init__(self):
-            pass
-
-    with pytest.raises(NotImplementedError, match=r"vision-language.*Processor.*replay_fraction=0"):
-        check_processing_class(Processor())
 
 
 @pytest.mark.skipif(not hasattr(GRPOTrainer, "compute_liger_loss"), reason="this TRL has no fused Liger loss")

@@ -1,13 +1,16 @@
 """Replay of questions about images, through `trainer.train()` on tiny vision-language models."""
 
 import copy
+import io
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import trl
 from packaging.version import Version
 from peft import get_peft_model
+from PIL import Image
 from test_checkpoints import contents
 from tiny import completion_logps, first_letter_reward, lora_config, make_trainer, parameters_of
 from trl import GRPOTrainer
@@ -65,8 +68,10 @@ class VisionTrainer(ExGRPOTrainer):
         return super()._calculate_rewards(inputs, *args)
 
     def _generate_and_score_completions(self, inputs):
-        policy = copy.deepcopy(self.pristine).double()
-        policy.load_state_dict(self.model.state_dict())
+        policy = None
+        if self.accelerator.num_processes == 1:  # sharded parameters cannot be copied
+            policy = copy.deepcopy(self.pristine).double()
+            policy.load_state_dict(self.model.state_dict())
         output = super()._generate_and_score_completions(inputs)
         replays = {replay.row: replay for replay in self.replayer.batch.replays}
         self.batches.append({"policy": policy, "replays": replays, "rows": self.rows, "output": dict(output)})
@@ -250,3 +255,51 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
     trainer = make_trainer(tmp_path, **options | {"train_dataset": damaged.cast_column("image", feature)})
     with pytest.raises(ValueError, match="row 5 of the training dataset"):
         trainer.train()
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_files_of_the_dataset_are_kept_as_they_are(tmp_path, column):
+    photographs = []
+    for number in range(16):
+        pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(pixels).resize((28, 28), Image.Resampling.BICUBIC).save(content, "JPEG", quality=80)
+        photographs.append(content.getvalue())
+    options = options_of("plain")
+    files = [{"bytes": photograph, "path": None} for photograph in photographs]
+    rows = options["train_dataset"].remove_columns("image")
+    feature = datasets.Image() if column == "image" else [datasets.Image()]
+    rows = rows.add_column(column, files if column == "image" else [[file] for file in files])
+    trainer = make_trainer(tmp_path, VisionTrainer, **options | {"train_dataset": rows.cast_column(column, feature)})
+    trainer.train()
+    kept = [question.example[column] for question, _, _ in trainer.experience_buffer.items()]
+    assert len(kept) > 4
+    for images in kept:
+        for image in [images] if column == "image" else images:
+            assert image.content in photographs
+    assert any(batch["replays"] for batch in trainer.batches)
+
+
+def test_a_random_transform_evicts_completions_of_other_images(tmp_path):
+    options = options_of("plain", max_steps=10, retire_solved=False, learning_rate=0.0)
+    draw = np.random.default_rng(0)
+
+    def blurred(rows):
+        noise = [draw.integers(0, 40, (28, 28, 3), dtype=np.uint8) for _ in rows["image"]]
+        rows["image"] = [Image.fromarray(np.asarray(i) // 2 + n) for i, n in zip(rows["image"], noise, strict=True)]
+        return rows
+
+    options["train_dataset"] = options["train_dataset"].with_transform(blurred)
+    trainer = make_trainer(tmp_path, VisionTrainer, **options)
+    trainer.train()
+    for batch in trainer.batches:
+        for row, replay in batch["replays"].items():
+            pixels = pixels_of(batch["output"], row)
+            with torch.no_grad():
+                logps, _ = completion_logps(
+                    batch["policy"], own(batch["output"], row, "prompt"), replay.experience.token_ids.copy(), **pixels
+                )
+            # The policy does not move, so that stored log-probabilities are those of the image that comes back.
+            np.testing.assert_allclose(replay.experience.behavior_per_token_logps, logps.numpy(), atol=2e-5)
+    assert sum(len(batch["replays"]) for batch in trainer.batches) > 4
+    assert trainer.experience_buffer.num_evicted

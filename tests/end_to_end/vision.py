@@ -98,9 +98,9 @@ def grid_processor() -> Any:
     )
 
 
-def plain_processor() -> Any:
+def plain_processor(side: int = SIDE) -> Any:
     """Resizes each picture to 28 x 28 pixels, four tokens."""
-    size = {"height": SIDE, "width": SIDE}
+    size = {"height": side, "width": side}
     return LlavaProcessor(
         _image_processor("CLIPImageProcessor", size=size, crop_size=size),
         _tokenizer(PLAIN_TOKENS),
@@ -150,27 +150,49 @@ def _new_grid_model() -> Any:
     )
 
 
-def _new_plain_model() -> Any:
+def _new_plain_model(side: int = SIDE, **text: Any) -> Any:
     tokenizer = _tokenizer(PLAIN_TOKENS)
     return LlavaForConditionalGeneration(
         LlavaConfig(
-            text_config=LlamaConfig(**_TEXT | {"vocab_size": len(tokenizer)}),
+            text_config=LlamaConfig(**_TEXT | {"vocab_size": len(tokenizer)} | text),
             vision_config=CLIPVisionConfig(
                 hidden_size=32,
                 intermediate_size=64,
                 num_hidden_layers=2,
                 num_attention_heads=2,
-                image_size=SIDE,
+                image_size=side,
                 patch_size=14,
                 projection_dim=32,
                 initializer_range=0.2,
                 initializer_factor=5.0,
             ),
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-            image_seq_length=4,
+            image_seq_length=(side // 14) ** 2,
             vision_feature_layer=-1,
         )
     )
+
+
+def _new_served_model() -> Any:
+    """
+    What vLLM computes on a CPU, and never says `<image>`, which vLLM cannot be kept from like transformers.
+
+    A picture is one token: TRL shows vLLM all tokens of a picture, the first of which vLLM replaces by all once more.
+    """
+    model = _new_plain_model(side=14, hidden_size=64)
+    text, image = model.model.language_model, model.config.image_token_id
+    with torch.no_grad():
+        # A hidden value that is positive everywhere serves as a bias.
+        text.embed_tokens.weight[:, 0] = 3.0
+        model.model.multi_modal_projector.linear_2.weight[0] = 0.0
+        model.model.multi_modal_projector.linear_2.bias[0] = 3.0
+        for layer in text.layers:
+            layer.self_attn.o_proj.weight[0] = 0.0
+            layer.mlp.down_proj.weight[0] = 0.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[image] = 0.0
+        model.lm_head.weight[image, 0] = -100.0
+    return model
 
 
 def _new_tiled_model() -> Any:
@@ -198,6 +220,7 @@ def _new_tiled_model() -> Any:
 _KINDS = {
     "grid": (_new_grid_model, grid_processor, GRID_TOKENS),
     "plain": (_new_plain_model, plain_processor, PLAIN_TOKENS),
+    "served": (_new_served_model, functools.partial(plain_processor, side=14), PLAIN_TOKENS),
     "tiled": (_new_tiled_model, tiled_processor, TILED_TOKENS),
 }
 
@@ -228,6 +251,13 @@ def plain_model(seed: int = 0) -> Any:
 def tiled_model(seed: int = 0) -> Any:
     """An InternVL of two layers: one entry of the pixels is one tile of a picture."""
     return InternVLForConditionalGeneration.from_pretrained(_folder("tiled", seed).name)
+
+
+def served_folder() -> str:
+    """Folder of a LLaVA for vLLM, with its processor."""
+    folder = _folder("served", 0).name
+    _KINDS["served"][1]().save_pretrained(folder)
+    return folder
 
 
 def vision_model(kind: str, seed: int = 0) -> tuple[Any, Any]:

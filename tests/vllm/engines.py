@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,15 +44,16 @@ class Server:
     Args:
         model: Folder of the model.
         log: File for its output.
+        max_length: Tokens of prompt and completion at most.
     """
 
-    def __init__(self, model: Any, log: Path) -> None:
+    def __init__(self, model: Any, log: Path, max_length: int = MAX_LENGTH) -> None:
         self.port = free_port()
         self.url, self.log = f"http://127.0.0.1:{self.port}", log
         command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
             *("--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"),
-            *("--max-model-len", str(MAX_LENGTH), "--max-num-seqs", "32"),
+            *("--max-model-len", str(max_length), "--max-num-seqs", "32"),
             *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
             *("--worker-extension-cls", "reload_on_cpu.ReloadOnCPU"),
         ]
@@ -185,6 +187,22 @@ def use_engines_on_cpu(shared: bool = True) -> None:
     module.LLM = make_on_cpu
 
 
+@functools.cache
+def use_llava_on_cpu() -> None:
+    """Let vLLM load a LLaVA without torchvision, which Pixtral alone needs, by the names of its newest parameters."""
+    name = "vllm.model_executor.models.pixtral"
+    parts = ("PixtralHFEncoderInfo", "PixtralHFVisionModel", "PixtralVisionConfig")
+    sys.modules.setdefault(name, types.ModuleType(name)).__dict__.update({part: type(part, (), {}) for part in parts})
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    prefixes = LlavaForConditionalGeneration.hf_to_vllm_mapper.orig_to_new_prefix
+    ours = {f"{before}vision_tower.": "vision_tower.vision_model." for before in ("model.", "")}
+    LlavaForConditionalGeneration.hf_to_vllm_mapper.orig_to_new_prefix = ours | prefixes
+    # A class, so that no process without the above looks at it.
+    ModelRegistry.register_model("LlavaForConditionalGeneration", LlavaForConditionalGeneration)
+
+
 def use_shared_memory_of_its_own() -> None:
     """
     Keep tensor parallel engines of other processes apart.
@@ -209,12 +227,13 @@ def use_shared_memory_of_its_own() -> None:
 
 @contextmanager
 def counted_engine(engine: Any) -> Iterator[list[list[int]]]:
-    """Prompts that reach an engine within the block, one per sequence."""
+    """Prompts that reach an engine, or the client of a server, within the block, one per sequence."""
     asked: list[list[int]] = []
     generate = engine.generate
 
     def counted(prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        asked.extend(prompt["prompt_token_ids"] for prompt in prompts)
+        ids = [prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt for prompt in prompts]
+        asked.extend(of_one for of_one in ids for _ in range(kwargs.get("n", 1)))
         return generate(prompts, *args, **kwargs)
 
     engine.generate = counted

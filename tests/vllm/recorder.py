@@ -41,6 +41,7 @@ class Recorder(ExGRPOTrainer):
                 "prompt": prompt[output["prompt_mask"][row].bool()].tolist(),
                 "completion": output["completion_ids"][row][own].tolist(),
                 "is_replayed": bool(output["is_replayed"][row]),
+                "is_model": output["tool_mask"][row][own].bool() if "tool_mask" in output else own[own],
             }
             for name in ("old_per_token_logps", "sampling_per_token_logps", "behavior_per_token_logps"):
                 if name in output:
@@ -69,8 +70,9 @@ def make_recorder(folder: Any, model_folder: Any, **options: Any) -> Recorder:
         "max_steps": 6,
         "learning_rate": 5e-3,
         "retire_solved": False,
-        "model": AutoModelForCausalLM.from_pretrained(model_folder),
     } | options
+    if "model" not in options:
+        options["model"] = AutoModelForCausalLM.from_pretrained(model_folder)
     return make_trainer(folder, options.pop("trainer_class", Recorder), **options)
 
 
@@ -100,13 +102,13 @@ def assert_fresh_rows_belong(batches: list[dict[str, Any]]) -> None:
             for prompt in prompts:
                 with torch.no_grad():
                     logps, _ = completion_logps(batch["policy"], prompt, row["completion"])
-                distance = (logps - sampled).abs().max().item()
+                distance = (logps - sampled)[row["is_model"]].abs().max().item()
                 if prompt == tuple(row["prompt"]):
                     assert distance < SAME_POLICY, f"step {batch['step']}: another prompt or policy ({distance})"
                 else:
                     num_others += 1
                     num_told_apart += distance > 1e-3
-    assert num_told_apart > 0.99 * num_others > 20, f"{num_told_apart} of {num_others} prompts told apart"
+    assert num_told_apart > 0.95 * num_others > 20, f"{num_told_apart} of {num_others} prompts told apart"
 
 
 def assert_replayed_rows_are_left_alone(batches: list[dict[str, Any]], is_corrected: bool = True) -> None:
@@ -119,6 +121,17 @@ def assert_replayed_rows_are_left_alone(batches: list[dict[str, Any]], is_correc
                 assert (row["importance_sampling_ratio"] == 1).all()
 
 
+def prompt_ids_of(trainer: Any, example: Any, stored: Any) -> list[int]:
+    """Prompt token ids of a stored completion, as the dataset or its environment showed it."""
+    shown = stored.details.prompt if stored.details is not None else None
+    prompt = example["prompt"] if shown is None else shown
+    if isinstance(prompt, str):
+        return trainer.processing_class(prompt)["input_ids"]
+    return trainer.processing_class.apply_chat_template(
+        prompt, tools=trainer.tools or None, add_generation_prompt=True, return_dict=False
+    )
+
+
 def assert_stored_by_policy(trainer: Any, batches: list[dict[str, Any]]) -> None:
     """Whatever is stored was generated in these batches, and its log-probabilities are the policy's of that time."""
     generated = {(batch["step"], tuple(row["prompt"]), tuple(row["completion"])) for batch in batches
@@ -127,15 +140,15 @@ def assert_stored_by_policy(trainer: Any, batches: list[dict[str, Any]]) -> None
     buffer, num_checked = trainer.experience_buffer, 0
     for question_ids in buffer.buckets().values():
         for question_id in question_ids:
-            prompt = trainer.processing_class(buffer.question(question_id).example["prompt"])["input_ids"]
+            example = buffer.question(question_id).example
             for stored in buffer.completions(question_id):
-                tokens = stored.token_ids.tolist()
+                prompt, tokens = prompt_ids_of(trainer, example, stored), stored.token_ids.tolist()
                 assert (stored.policy_version, tuple(prompt), tuple(tokens)) in generated
                 with torch.no_grad():
                     logps, entropies = completion_logps(policies[stored.policy_version], prompt, tokens)
-                torch.testing.assert_close(
-                    torch.tensor(stored.behavior_per_token_logps).double(), logps, atol=2e-5, rtol=0
-                )
-                assert abs(stored.entropy - entropies.mean().item()) < 2e-5
+                behavior, is_model = torch.tensor(stored.behavior_per_token_logps).double(), stored.is_model
+                torch.testing.assert_close(behavior[is_model], logps[is_model], atol=2e-5, rtol=0)
+                assert not behavior[~is_model].any()
+                assert abs(stored.entropy - entropies[is_model].mean().item()) < 2e-5
                 num_checked += 1
     assert num_checked == buffer.num_completions > 10

@@ -48,6 +48,7 @@ def call_rollout_function(
     """
     num_rows = len(prompts)
     asked = [row for row in range(num_rows) if row not in batch.stored] or [0] if fresh_only else list(range(num_rows))
+    batch.is_generated_whole = not fresh_only
     output = dict(function([prompts[row] for row in asked], trainer))
     _check(output, asked, batch.first_row)
     by_row = {
@@ -68,6 +69,8 @@ def call_rollout_function(
         for name, of_rows in by_row.items():
             of_rows[position] = values.get(name)
     merged = {name: [of_rows[row] for row in range(num_rows)] for name, of_rows in by_row.items()}
+    if not batch.fresh.told_masks and stand_in is None:
+        batch.fresh.told_masks = merged.get(MASK)
     return output | merged
 
 

@@ -47,6 +47,7 @@ def put_stored_rollouts(
             logps[position] = experience.behavior_per_token_logps.tolist()
         if tool_images is not None:
             tool_images[position] = images_of_tools(messages[position])
+    batch.fresh.told_masks = masks
     rest = result[4:] if tool_images is None else (*result[4:6], tool_images, *result[7:])
     return masks, messages, token_ids, logps, *rest
 

@@ -27,6 +27,7 @@ class SingleTurnRollouts(Rollouts):
         fields = fields_of_rows(multimodal_fields, rows, images, len(prompt_ids))
         if fields is None:  # nobody knows which pixels are whose
             rows, fields = list(range(len(prompt_ids))), multimodal_fields
+            batch.is_generated_whole = True
         of_rows = None if images is None else [images[row] for row in rows]
         completion_ids, *rest = generate([prompt_ids[row] for row in rows], of_rows, fields)
         fresh = dict(zip(rows, completion_ids, strict=True))

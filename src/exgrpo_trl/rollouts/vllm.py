@@ -46,7 +46,20 @@ class VLLMRollouts(Rollouts):
             self.processes.together("generating completions"),
             fresh_rows_only(self.vllm, batch.stored_rows, first_row, own),
         ):
+            forget_images(self.vllm)
             return generate(prompt_ids, images, multimodal_fields)
+
+
+def forget_images(vllm: Any) -> None:
+    """
+    Let an engine compute images anew.
+
+    It keeps what it has computed of an image beyond a change of its weights. TRL does not clear that, and replay shows
+    the images of a question again within a few steps.
+    """
+    engine: Any = getattr(getattr(vllm, "llm", None), "llm_engine", None)
+    if hasattr(engine, "reset_encoder_cache"):
+        engine.reset_encoder_cache()
 
 
 @contextmanager

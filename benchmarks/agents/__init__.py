@@ -1,0 +1,1 @@
+"""Does replay help an agent? GRPO and ExGRPO in an environment."""
