@@ -185,9 +185,11 @@ def train_and_evaluate(trainer: ExGRPOTrainer) -> tuple[float, float]:
     resume = trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     trainer.save_model()  # before the evaluation, which may fail
-    before = next(line["eval_reward"] for line in trainer.state.log_history if "eval_reward" in line)
     set_seed(trainer.args.seed, device_specific=True)
-    return float(before), float(trainer.evaluate()["eval_reward"])
+    trainer.evaluate()
+    # What `evaluate` returns holds no rewards in older releases of TRL; the log does.
+    rates = [float(line["eval_reward"]) for line in trainer.state.log_history if "eval_reward" in line]
+    return rates[0], rates[-1]
 
 
 def plot(history: list[dict[str, Any]], before: float, after: float, path: Path) -> None:

@@ -46,6 +46,14 @@ COLOURS = {
     "orange": (240, 140, 30),
     "white": (240, 240, 240),
     "black": (10, 10, 10),
+    "pink": (250, 150, 190),
+    "brown": (110, 60, 20),
+    "cyan": (60, 210, 220),
+    "grey": (170, 170, 170),
+    "navy": (20, 30, 90),
+    "lime": (160, 240, 60),
+    "olive": (110, 110, 20),
+    "teal": (20, 120, 120),
 }
 SIDE, PATCH, SQUARE = 24, 8, 10  # pixels of the sides of a picture, of a patch of the vision tower, and of a square
 QUESTION = "which colour has the square ?"
@@ -59,22 +67,25 @@ CHAT_TEMPLATE = (
 # Chosen by measurement so that the run fits into a few minutes on one CPU core, and learns. Any flag overrides them.
 DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/train_vision",
-    "max_steps": 150,
+    "max_steps": 300,
     "per_device_train_batch_size": 128,
     "per_device_eval_batch_size": 128,
     "num_generations": 8,
     "num_generations_eval": 1,
     "max_completion_length": 2,
     "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
+    "lr_scheduler_type": "linear",
     "loss_type": "dr_grpo",
     "scale_rewards": "none",
     "replay_fraction": 0.5,
     "replay_start_pass_rate": None,
+    "replay_weighting": "balanced",
+    "bucket_mean": 0.125,  # hard pictures first; the paper's 0.5 narrows the answers to the colours learned first
+    "drop_retired_questions": False,  # pictures of one colour retire together, and the model would forget it
     "use_cpu": True,
     "bf16": False,
     "gradient_checkpointing": False,
-    "logging_steps": 1,
+    "logging_steps": 10,
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,

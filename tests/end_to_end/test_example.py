@@ -125,13 +125,19 @@ def test_the_model_is_saved_before_it_is_evaluated():
     specification.loader.exec_module(train_math)
     train_math.set_seed = lambda seed, device_specific: None
     calls = []
+
+    def evaluate():
+        calls.append("evaluate")
+        trainer.state.log_history.append({"eval_reward": 0.5})
+        return {}  # no rewards, as in TRL 1.0
+
     trainer = SimpleNamespace(
         args=SimpleNamespace(resume_from_checkpoint=None, seed=0),
         state=SimpleNamespace(log_history=[{"eval_reward": 0.25}]),
         add_callback=lambda callback: None,
         train=lambda **kwargs: calls.append("train"),
         save_model=lambda: calls.append("save"),
-        evaluate=lambda: calls.append("evaluate") or {"eval_reward": 0.5},
+        evaluate=evaluate,
     )
     assert train_math.train_and_evaluate(trainer) == (0.25, 0.5)
     assert calls == ["train", "save", "evaluate"]

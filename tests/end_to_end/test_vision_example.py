@@ -19,6 +19,7 @@ TINY = {
     "success_threshold": 0.0,
     "retire_solved": False,
     "max_steps": 4,
+    "logging_steps": 1,
     "output_dir": "out",
 }
 
