@@ -420,6 +420,7 @@ def test_a_reward_function_may_draw_on_images(tmp_path):
     # The prompts are those of the images that were shown.
     options, _ = options_of("tools_and_dataset", experience_buffer=trainer.experience_buffer)
     second = make_trainer(tmp_path / "second", PictureTrainer, **options)
+    assert second.replayer.replayable.examine(second.experience_buffer) is None
     second.train()
     assert second.batches[0]["stored"]
 
