@@ -82,3 +82,26 @@ def test_a_prompt_hash():
     assert 0 not in hashes, "which stands for an unknown prompt"
     assert prompt_hash(np.array([1, 2], dtype=np.int32)) == prompt_hash([1, 2])
     assert all(-(2**63) <= number < 2**63 for number in hashes)
+
+
+def test_rows_of_environments_without_a_prompt_of_their_own():
+    rows = {"seed": [1, 2, 3, 3]}
+    questions = TrainingQuestions(Dataset.from_dict(rows), None, num_groups_of_environments=2)
+    ids = [questions.id_of({"seed": seed}, group) for seed in (1, 2, 3) for group in (0, 1)]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+    # Equal rows only hold a place: one question per group of a batch, of which none retires.
+    assert ids[4] != ids[5]
+    assert [questions.may_retire(question_id) for question_id in ids] == [True] * 4 + [False] * 2
+    assert questions.rows_of(ids[4]) == questions.rows_of(ids[5]) == [2, 3]
+    assert questions.present(Question(ids[5], {"prompt": None})).example == {"prompt": None, "seed": 3}
+
+
+def test_rows_of_a_stream():
+    image = pytest.importorskip("PIL.Image")
+    red, blue = image.new("RGB", (2, 2), (255, 0, 0)), image.new("RGB", (2, 2), (0, 0, 255))
+    text = TrainingQuestions(iter(()), None)
+    assert text.id_of({"prompt": "a", "answer": 1}) == text.id_of({"prompt": "a", "answer": 2}) == question_id_of("a")
+    assert text.id_of({"prompt": "a", "image": red}) == text.id_of({"prompt": "a", "image": red.copy()})
+    assert text.id_of({"prompt": "a", "image": red}) != text.id_of({"prompt": "a", "image": blue})
+    environments = TrainingQuestions(iter(()), None, num_groups_of_environments=2)
+    assert environments.id_of({"prompt": "a", "seed": 1}) != environments.id_of({"prompt": "a", "seed": 2})

@@ -33,7 +33,7 @@ class TrainingQuestions:
 
     A question is its prompt and whatever its reward depends on: rows with one prompt and different other columns are
     different questions. A row whose prompt is its own is identified by the prompt alone. Of a stream nothing is known
-    beforehand, so its rows are identified by their prompt.
+    beforehand, so its rows are identified by their prompt and their images; with environments, by all columns.
 
     Where environments own the data, rows may be equal in everything and only hold a place: what they ask is
     decided when an environment is reset. Such a row is a question of its own in each group of a batch, and none of
@@ -55,6 +55,7 @@ class TrainingQuestions:
         self.dataset = dataset
         self.question_id_column = question_id_column
         self.is_stream = not isinstance(dataset, Dataset)
+        self._has_environments = num_groups_of_environments > 0
         self._rows_of: dict[str, list[int]] = {}
         self._shared_prompts: set[str] = set()  # ids of prompts that stand for several questions
         self._placeholders: set[str] = set()  # ids of rows that are equal in everything
@@ -103,9 +104,18 @@ class TrainingQuestions:
     def id_of(self, row: Mapping[str, Any], group: int = 0) -> str:
         """Id of the question of a row that the data loader gave for a group of the batch."""
         question_id = row_question_id(row, self.question_id_column)
+        if self.is_stream and self.question_id_column is None:
+            return self._id_in_stream(question_id, row)
         if question_id in self._shared_prompts:
             question_id = _id_of_row(question_id, canonical_rest(row))
         return _id_of_row(question_id, f"group {group}") if question_id in self._placeholders else question_id
+
+    def _id_in_stream(self, prompt_id: str, row: Mapping[str, Any]) -> str:
+        """A text is a question by itself; images, and what an environment makes of a row, belong to it."""
+        if self._has_environments or row.get("prompt") is None:
+            return _id_of_row(prompt_id, canonical_rest(row))
+        digests = image_digests(row)
+        return _id_of_row(prompt_id, " ".join(digests)) if digests else prompt_id
 
     def may_retire(self, question_id: str) -> bool:
         """Whether a question that was solved is done with: not one that asks something else each time."""
