@@ -27,7 +27,6 @@ from vision import vision_dataset, vision_model
 
 from exgrpo_trl import ExperienceBuffer, ExperienceBufferError
 
-
 needs_tools = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.2"), reason="TRL takes tools and environments from 5.2 on"
 )
