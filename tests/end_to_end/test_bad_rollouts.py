@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from agents import (
     Rollouts,
     Rooms,
@@ -15,6 +16,7 @@ from agents import (
     score_reward,
     tool_dataset,
 )
+from packaging.version import Version
 from ranks import Ranks
 from test_agents import AgentTrainer, own
 from test_agents_of_many import BrokenRoom
@@ -25,11 +27,16 @@ from vision import vision_dataset, vision_model
 
 from exgrpo_trl import ExperienceBuffer, ExperienceBufferError
 
+needs_tools = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.2"), reason="TRL takes tools and environments from 5.2 on"
+)
+
 
 def options_of_tools(**changes):
     return agent_options(tools=Watched().tools, success_threshold=0.5, max_steps=4) | changes
 
 
+@needs_tools
 def test_a_tool_that_raises_is_part_of_a_rollout(tmp_path):
     trainer = make_trainer(tmp_path, AgentTrainer, **options_of_tools(retire_solved=False, max_steps=8))
     trainer.train()
@@ -152,6 +159,7 @@ def test_a_wrong_rollout_function_stores_nothing(tmp_path, case):
     assert trainer.experience_buffer.num_completions
 
 
+@needs_tools
 def test_a_reset_that_fails_stores_nothing(tmp_path):
     options = {
         "environment_factory": Rooms(BrokenRoom, observe="row"),
@@ -204,6 +212,7 @@ def collected(tmp_path):
     return trainer
 
 
+@needs_tools
 def test_rollouts_of_several_turns_need_a_trainer_that_knows_turns(tmp_path, collected):
     buffer = collected.experience_buffer
     with pytest.raises(ExperienceBufferError, match=r"neither tools, nor environments, nor a rollout_func"):
@@ -214,6 +223,7 @@ def test_rollouts_of_several_turns_need_a_trainer_that_knows_turns(tmp_path, col
     assert trainer.experience_buffer is not buffer
 
 
+@needs_tools
 def test_stored_rewards_have_to_be_there(tmp_path, collected):
     buffer = collected.experience_buffer
     assert all(experience.details.rewards is None for _, _, experience in buffer.items())
@@ -244,6 +254,7 @@ def test_another_image_processor_is_refused(tmp_path, has_started):
     assert not second.experience_buffer.num_completions
 
 
+@needs_tools
 def test_exported_rollouts_replay_in_a_new_trainer(tmp_path, collected):
     imported = ExperienceBuffer.from_dataset(collected.experience_buffer.to_dataset(), group_size=4)
     known = {e.token_ids.tobytes(): e for _, _, e in collected.experience_buffer.items()}
