@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import find_device, send_to_device
 
-from .examples import image_digests, packed, placed_row, question_of_row
+from .examples import image_digests, packed, placed_row, question_of_row, shown_columns
 from .fresh import FreshRollouts
 from .images import opened
 from .plan import Plan
@@ -180,6 +180,10 @@ class Batch:
         """Group of a replay."""
         return replay.row // self.group_size
 
+    def _key(self, position: int) -> int:
+        """Under which the example of a position is kept: its group, or itself where rows of a group may differ."""
+        return position if self.may_differ else (self.first_row + position) // self.group_size
+
     # What happens to it, in this order
 
     def place(self, inputs: Sequence[Mapping[str, Any]], id_of: Callable[[Mapping[str, Any], int], str]) -> list[Any]:
@@ -197,7 +201,7 @@ class Batch:
         for position, row in enumerate(inputs):
             group, slot = divmod(self.first_row + position, self.group_size)
             if group in self.replayed_questions:
-                self._examples[position if self.may_differ else group] = self.replayed_questions[group].example
+                self._examples[self._key(position)] = self.replayed_questions[group].example
                 if group not in examples:  # to decode its images once
                     examples[group] = opened(self.replayed_questions[group].example)
                 stored = placed_row(examples[group], row, self.stored.get(position))
@@ -207,10 +211,10 @@ class Batch:
                 continue
             if slot == 0:
                 self.questions[group] = question_of_row(row, id_of(row, group))
-            key = position if self.may_differ else group
+            key = self._key(position)
             if key not in self._examples:  # a copy, because reward functions may draw on images
                 known = self.questions.get(group) if slot == 0 or not self.may_differ else None
-                self._examples[key] = copied(dict(row)) if known is None else known.example
+                self._examples[key] = copied(shown_columns(row)) if known is None else known.example
             placed.append(row)
         return placed
 
@@ -323,9 +327,8 @@ class Batch:
         """Train no stored completion without the images that it was generated for, where TRL has dropped them."""
         is_left_out = torch.zeros(self.num_rows, dtype=torch.bool)
         for position, experience in self.stored.items():
-            key = position if self.may_differ else (self.first_row + position) // self.group_size
             has_own = experience.details is not None and bool(experience.details.images)
-            is_left_out[position] = has_own or bool(image_digests(self._examples[key]))
+            is_left_out[position] = has_own or bool(image_digests(self._examples[self._key(position)]))
         mask = output["completion_mask"]
         output["completion_mask"] = mask.masked_fill(is_left_out.to(mask.device).unsqueeze(1), 0)
 
@@ -425,12 +428,11 @@ class Batch:
     def _prompt_hash(self, position: int) -> int:
         ids, mask = self._prompts
         # Prompts of a group are the same, unless an environment or a function has made them.
-        group = (self.first_row + position) // self.group_size
-        key = position if self.shows_own_prompts or self.may_differ else group
+        key = position if self.shows_own_prompts else self._key(position)
         if key not in self._prompt_hashes:
             own = ids[position][mask[position].bool()].cpu().numpy()
             # Images of one size have the same tokens.
-            digests = image_digests(self._examples.get(position if self.may_differ else group, {}))
+            digests = image_digests(self._examples.get(self._key(position), {}))
             self._prompt_hashes[key] = prompt_hash(own, digests)
             if self.may_differ and digests:
                 self._images[self.first_row + position] = tuple(digests)

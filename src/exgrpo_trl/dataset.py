@@ -55,11 +55,6 @@ def check_dataset(dataset: Any, args: ExGRPOConfig) -> None:
         )
 
 
-def has_images(dataset: Any) -> bool:
-    """Whether rows of a map-style dataset hold images that are decoded when they are read."""
-    return isinstance(dataset, Dataset) and "Image(" in str(dataset.features)
-
-
 def undecodable_row(dataset: Dataset) -> tuple[int, Exception] | None:
     """First row that cannot be read, and why; for a message, as it reads all rows before."""
     for row in range(len(dataset)):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from .images import StoredImage, map_images, opened, pixel_digest, referenced, stored
+from .images import StoredImage, images_in, opened, pixel_digest, referenced, stored
 from .records import Experience, Question
 from .values import copied, from_json, plain, to_json
 
@@ -179,17 +179,14 @@ def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     return row if "prompt" in row else row | {"prompt": None}
 
 
+def shown_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row that may show images."""
+    return {column: row[column] for column in ("prompt", "image", "images") if column in row}
+
+
 def image_digests(row: Mapping[str, Any]) -> list[str]:
     """Hashes of the images that a row shows: in its prompt and its image columns."""
-    found: list[str] = []
-
-    def note(image: Any) -> Any:
-        found.append(getattr(image, "digest", None) or pixel_digest(image))
-        return image
-
-    for column in ("prompt", "image", "images"):
-        map_images(row.get(column), note)
-    return found
+    return [getattr(image, "digest", None) or pixel_digest(image) for image in images_in(shown_columns(row))]
 
 
 def packed(

@@ -135,6 +135,18 @@ def map_images(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value) if kind in (StoredImage, ImageReference) or is_image(value) else value
 
 
+def images_in(value: Any) -> list[Any]:
+    """The images in a value, in order: of Pillow, stored, or references."""
+    found: list[Any] = []
+
+    def note(image: Any) -> Any:
+        found.append(image)
+        return image
+
+    map_images(value, note)
+    return found
+
+
 def stored(
     value: Any, known: MutableMapping[str, StoredImage] | None = None, originals: Callable[[], Iterable[bytes]] = tuple
 ) -> Any:

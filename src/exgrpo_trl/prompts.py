@@ -35,6 +35,11 @@ class Shown(NamedTuple):
         return dict(self.example) if prompt is None else dict(self.example) | {"prompt": prompt}
 
     @property
+    def prompt_text(self) -> str | None:
+        """What tells the prompts of a row apart: how an environment showed it."""
+        return None if self.experience.details is None else self.experience.details.prompt_text
+
+    @property
     def prompt_ids(self) -> Sequence[int] | None:
         """Prompt token ids, where a rollout function made them."""
         ids = None if self.experience.details is None else self.experience.details.prompt_ids
@@ -60,17 +65,14 @@ class Prompts:
     def prompted(self, shown: Sequence[Shown]) -> list[Prompted]:
         """Stored completions with their prompts; those with images are rendered by the process that scores them."""
         rows = [of_one.row for of_one in shown]
-        with_images = [
-            has_images(row) or _tool_messages(of_one) is not None for row, of_one in zip(rows, shown, strict=True)
-        ]
+        messages = [_tool_messages(of_one) for of_one in shown]
+        with_images = [has_images(row) or said is not None for row, said in zip(rows, messages, strict=True)]
         ids: list[Any] = [of_one.prompt_ids for of_one in shown]
         to_render: dict[int, int] = {}  # where each row is rendered: once for all completions that share it
         first: dict[tuple[int, str | None], int] = {}
         for number, of_one in enumerate(shown):
             if ids[number] is None and not with_images[number]:
-                details = of_one.experience.details
-                key = id(of_one.example), None if details is None else details.prompt_text
-                to_render[number] = first.setdefault(key, number)
+                to_render[number] = first.setdefault((id(of_one.example), of_one.prompt_text), number)
         numbers = sorted(set(to_render.values()))
         rendered = dict(zip(numbers, self.token_ids([rows[number] for number in numbers]), strict=True))
         return [
@@ -79,7 +81,7 @@ class Prompts:
                 of_one.experience.token_ids,
                 of_one.experience.is_model if of_one.experience.num_model_tokens < len(of_one.experience) else None,
                 rows[number] if with_images[number] else None,
-                _tool_messages(of_one),
+                messages[number],
             )
             for number, of_one in enumerate(shown)
         ]
@@ -97,8 +99,7 @@ class Prompts:
         """
         if of_one.row is None:
             return of_one, {}
-        row = opened(dict(of_one.row))
-        (prompt_ids,), images, fields = self._render([row])
+        (prompt_ids,), images, fields = self._render([of_one.row])
         prompt = list(of_one.prompt) or list(prompt_ids)
         tool_images = images_of_tools(opened(of_one.messages)) if of_one.messages is not None else []
         all_images = [*((images or [None])[0] or ()), *tool_images]

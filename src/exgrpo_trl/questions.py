@@ -217,8 +217,8 @@ class Replayable:
         """Hash of the prompt of each completion as it renders now, each prompt once; `None` if it is not rendered."""
         shown = [Shown(question.example, experience) for question, experience in completions]
         keys = [
-            (question.question_id, None if experience.details is None else experience.details.prompt_text)
-            for question, experience in completions
+            (question.question_id, of_one.prompt_text)
+            for (question, _), of_one in zip(completions, shown, strict=True)
         ]
         first = {key: of_one for key, of_one in zip(keys, shown, strict=True) if of_one.prompt_ids is None}
         hashes: dict[tuple[str, str | None], int | None] = {}
@@ -297,13 +297,17 @@ class _Usable:
         return self._pool.completions(question_id)
 
 
+def decodes_images(dataset: Any) -> bool:
+    """Whether rows of a map-style dataset hold images, which are decoded when they are read."""
+    return isinstance(dataset, Dataset) and "Image(" in str(dataset.features)
+
+
 def _rows(dataset: Dataset, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
     """Rows as the data loader gives them; many at once, where no format or transform makes something else of one."""
     if dataset.format["type"] is not None or len(rows) == 1:
         yield from (dataset.__getitems__([row])[0] for row in rows)
         return
-    has_media = any(type(feature).__name__ in ("Image", "List", "Sequence") for feature in dataset.features.values())
-    for batch in dataset.select(rows).iter(batch_size=_IMAGES_AT_ONCE if has_media else _ROWS_AT_ONCE):
+    for batch in dataset.select(rows).iter(batch_size=_IMAGES_AT_ONCE if decodes_images(dataset) else _ROWS_AT_ONCE):
         yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 

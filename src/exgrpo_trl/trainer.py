@@ -38,11 +38,11 @@ from .compatibility import (
     wrapped,
 )
 from .config import ExGRPOConfig
-from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset, has_images, undecodable_row
+from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset, undecodable_row
 from .generation import GenerationHooks
 from .processes import Processes
 from .prompts import Prompts
-from .questions import TrainingQuestions
+from .questions import TrainingQuestions, decodes_images
 from .records import ExperienceBufferError
 from .replayer import Replayer, TrainedRows
 from .rollouts import Rollouts, SingleTurnRollouts, VLLMRollouts
@@ -324,7 +324,7 @@ class ExGRPOTrainer(GenerationHooks):
     # Dataset
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_replay_enabled or not has_images(self.train_dataset):
+        if not self._is_replay_enabled or not decodes_images(self.train_dataset):
             return super().get_batch_samples(*args, **kwargs)
         with self._processes.together("loading a batch"):
             try:

@@ -16,7 +16,7 @@ from ..records import Experience, Question
 from ..values import plain
 from .detail_columns import DETAIL_SCHEMA, details_from_columns, details_to_arrays, require
 from .image_files import example_from_text, example_to_text
-from .image_pool import images_in
+from .image_pool import stored_images_in
 from .tables import (
     EXPERIENCE_SCHEMA,
     LATER_COLUMNS,
@@ -193,7 +193,7 @@ def _rows_of(items: Iterable[tuple[Question, int, Experience]]) -> Iterator[_Row
     known: tuple[Question | None, str, list[StoredImage]] = (None, "", [])
     for question, bucket, experience in items:
         if question is not known[0]:
-            known = (question, example_to_text(question.example, {}), images_in(question.example))
+            known = (question, example_to_text(question.example, {}), stored_images_in(question.example))
         _, text, images = known
         if experience.details is not None and experience.details.images:
             images = [*images, *experience.details.images]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..images import StoredImage, map_images, stored
+from ..images import StoredImage, images_in, stored
 from ..records import Experience, Question
 
 
@@ -47,14 +47,6 @@ class ImagePool:
         self._images = WeakValueDictionary((image.digest, image) for image in images)
 
 
-def images_in(value: Any) -> list[StoredImage]:
+def stored_images_in(value: Any) -> list[StoredImage]:
     """The stored images in a dataset row, in order."""
-    found: list[StoredImage] = []
-
-    def note(image: Any) -> Any:
-        if isinstance(image, StoredImage):
-            found.append(image)
-        return image
-
-    map_images(value, note)
-    return found
+    return [image for image in images_in(value) if isinstance(image, StoredImage)]

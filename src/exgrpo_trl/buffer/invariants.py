@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from ..records import Experience
 from ..rollout_details import RolloutDetails
 from ..values import referenced_digests
-from .image_pool import images_in
+from .image_pool import stored_images_in
 from .store import Store
 
 
@@ -28,7 +28,7 @@ def violations(
             yield f"question {question_id!r} is stored and retired"
         if question_id not in store.buckets.get(stored.bucket, ()):
             yield f"question {question_id!r} is not in its bucket {stored.bucket}"
-        if not all(image in store.images for image in images_in(stored.question.example)):
+        if not all(image in store.images for image in stored_images_in(stored.question.example)):
             yield f"question {question_id!r} has an image that the buffer has not, or has twice"
         if not stored.completions:
             yield f"question {question_id!r} has no completion"

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..buffer import ExperienceBuffer
-from ..buffer.image_pool import images_in
+from ..buffer.image_pool import stored_images_in
 from ..buffer.locations import find_buffer
 from ..buffer.metadata import read_metadata
 from ..images import StoredImage
@@ -67,7 +67,7 @@ def summarize(path: Path) -> dict[str, Any]:
 def _images_of(buffer: ExperienceBuffer) -> Iterator[StoredImage]:
     for question_ids in buffer.buckets().values():
         for question_id in question_ids:
-            yield from images_in(buffer.question(question_id).example)
+            yield from stored_images_in(buffer.question(question_id).example)
             for experience in buffer.completions(question_id):
                 yield from experience.details.images if experience.details is not None else ()
 

@@ -97,7 +97,7 @@ def _naming_row(environment: Any, row: int) -> Iterator[None]:
     try:
         yield
     finally:
-        if vars(environment).get("reset") is naming if hasattr(environment, "__dict__") else False:
+        if getattr(environment, "__dict__", {}).get("reset") is naming:
             del environment.reset
 
 

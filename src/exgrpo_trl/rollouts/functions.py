@@ -69,7 +69,7 @@ def call_rollout_function(
         for name, of_rows in by_row.items():
             of_rows[position] = values.get(name)
     merged = {name: [of_rows[row] for row in range(num_rows)] for name, of_rows in by_row.items()}
-    if not batch.fresh.told_masks and stand_in is None:
+    if stand_in is None:
         batch.fresh.told_masks = merged.get(MASK)
     return output | merged
 
