@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 
 from ..images import StoredImage
 from ..records import Experience, ExperienceBufferError, Question, Reuse
-from .detail_columns import DETAIL_SCHEMA, details_from_columns, details_to_arrays
+from .detail_columns import DETAIL_SCHEMA, details_from_columns, details_to_arrays, require
 from .disk import rename, sync
+from .groups import whole_groups
 from .image_files import example_from_text, example_to_text, read_images, write_images
 from .locations import find_buffer, hidden_names, resolved
 from .metadata import (
@@ -34,14 +35,17 @@ from .metadata import (
     read_metadata,
 )
 from .reuse_columns import REUSE_SCHEMA, reuse_from_table, reuse_to_arrays
+from .settings import GROUP
 from .tables import (
     EXPERIENCE_SCHEMA,
+    GROUP_SCHEMA,
     QUESTION_SCHEMA,
     array_of,
     bounded,
     bytes_of,
     experiences_from_table,
     experiences_to_arrays,
+    group_numbers,
     with_later_columns,
 )
 
@@ -53,10 +57,20 @@ Buffer = TypeVar("Buffer", bound="ExperienceBuffer")
 # `question` is a row number of the questions file. `age_rank` orders the completions of a policy version, which need
 # not be the order of the rows: these go by question.
 COMPLETION_SCHEMA = pa.unify_schemas(
-    [pa.schema([("question", pa.int64()), ("age_rank", pa.int64())]), EXPERIENCE_SCHEMA, DETAIL_SCHEMA, REUSE_SCHEMA]
+    [
+        pa.schema([("question", pa.int64()), ("age_rank", pa.int64())]),
+        EXPERIENCE_SCHEMA,
+        DETAIL_SCHEMA,
+        REUSE_SCHEMA,
+        GROUP_SCHEMA,
+    ]
 )
 # Schema version that wrote a column first, where that is not the first one.
-_ADDED_IN = {"prompt_hash": 2, **dict.fromkeys(DETAIL_SCHEMA.names, 3), **dict.fromkeys(REUSE_SCHEMA.names, 4)}
+_ADDED_IN = {
+    "prompt_hash": 2,
+    **dict.fromkeys(DETAIL_SCHEMA.names, 3),
+    **dict.fromkeys((*REUSE_SCHEMA.names, *GROUP_SCHEMA.names), 4),
+}
 RETIRED_SCHEMA = pa.schema([("question_id", pa.string())])
 
 
@@ -142,6 +156,8 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
         for row, (question_id, _) in enumerate(questions)
         for experience in buffer.completions(question_id)
     )
+    group_size = buffer.group_size if buffer.unit == GROUP else None
+    num_written = 0
     # Split by byte, log-probabilities compress better and several times faster.
     encoding = {"behavior_per_token_logps.list.element": "BYTE_STREAM_SPLIT"}
     with _writer(directory / COMPLETIONS_FILE, COMPLETION_SCHEMA, column_encoding=encoding) as file:
@@ -153,7 +169,9 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
             columns = [pa.array(values, pa.int64()) for values in keys]
             columns += experiences_to_arrays(experiences) + details_to_arrays(details)
             columns += reuse_to_arrays([buffer._store.reuse.get(experience) for experience in experiences])
+            columns.append(group_numbers(num_written, len(batch), group_size))
             file.write_batch(pa.record_batch(columns, schema=COMPLETION_SCHEMA))
+            num_written += len(batch)
     write_images(directory / IMAGES_FILE, images.values())
 
     with _writer(directory / RETIRED_FILE, RETIRED_SCHEMA) as file:
@@ -184,6 +202,8 @@ def _described(buffer: ExperienceBuffer) -> dict[str, Any]:
             "capacity": buffer.capacity,
             "max_completions_per_question": buffer.max_completions_per_question,
             "retire_solved": buffer.retire_solved,
+            # Subclasses may not know of it.
+            **({"unit": buffer.unit} if buffer.unit == GROUP else {}),
         },
         "rng": buffer.rng.bit_generator.state,
         "provenance": buffer.provenance,
@@ -223,6 +243,7 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     ]
     completions: list[list[Experience]] = [[] for _ in questions]
     by_age: list[tuple[Experience, str] | None] = [None] * counts["completions"]
+    group_of_row: list[list[int | None]] = [[] for _ in questions]
     reuse: dict[Experience, Reuse] = {}
     written = pa.schema([field for field in COMPLETION_SCHEMA if _ADDED_IN.get(field.name, 1) <= version])
     for batch in _row_groups(directory / COMPLETIONS_FILE, written):
@@ -238,13 +259,22 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
         for row, rank, experience in zip(rows, ranks, experiences, strict=True):
             completions[row].append(experience)
             by_age[rank] = (experience, questions[row][0].question_id)
+        if buffer.unit == GROUP:
+            for row, number in zip(rows, table.column("group").to_pylist(), strict=True):
+                group_of_row[row].append(number)
+        else:
+            require(table.column("group").null_count == len(table), "single completions are in no group")
     retired = [
         question_id
         for batch in _row_groups(directory / RETIRED_FILE, RETIRED_SCHEMA)
         for question_id in batch.column("question_id").to_pylist()
     ]
+    parts = [
+        (question, bucket, _groups_of(question, stored, numbers, buffer.group_size or 0) if numbers else [stored])
+        for (question, bucket), stored, numbers in zip(questions, completions, group_of_row, strict=True)
+    ]
     buffer._restore(
-        [(question, bucket, stored) for (question, bucket), stored in zip(questions, completions, strict=True)],
+        parts,
         [owned for owned in by_age if owned is not None],
         retired,
         reuse,
@@ -255,6 +285,14 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     if not is_valid:
         fail(directory, f"contradicts itself: {reason}. {RESUME_HINT}")
     return buffer
+
+
+def _groups_of(
+    question: Question, experiences: Sequence[Experience], numbers: Sequence[int | None], group_size: int
+) -> list[list[Experience]]:
+    rows = zip(experiences, numbers, strict=True)
+    groups = whole_groups(rows, lambda row: (question.question_id, row[1]), group_size)
+    return [[experience for experience, _ in group] for group in groups]
 
 
 def _row_groups(file: Path, schema: pa.Schema) -> Iterator[pa.Table]:

@@ -13,7 +13,7 @@ from ..records import ExperienceBufferError
 
 # 1: completions do not know the tokens of their prompt.
 # 2: neither rollouts of several turns nor images.
-# 3: nothing of how completions were used.
+# 3: neither how completions were used nor whole groups.
 SCHEMA_VERSION = 4
 METADATA_FILE = "metadata.json"
 QUESTIONS_FILE = "questions.parquet"

@@ -26,8 +26,10 @@ EXPERIENCE_SCHEMA = pa.schema(
         ("prompt_hash", pa.int64()),
     ]
 )
+# A number that completions of one group share; null where single completions are kept.
+GROUP_SCHEMA = pa.schema([("group", pa.int64())])
 # Columns that files of an earlier version lack, with what stands for them.
-LATER_COLUMNS = {"prompt_hash": UNKNOWN_PROMPT, **dict.fromkeys(DETAIL_SCHEMA.names), **NO_REUSE}
+LATER_COLUMNS = {"prompt_hash": UNKNOWN_PROMPT, **dict.fromkeys(DETAIL_SCHEMA.names), **NO_REUSE, "group": None}
 QUESTION_SCHEMA = pa.schema([("question_id", pa.string()), ("example", pa.large_string()), ("bucket", pa.int32())])
 
 # Bounds of one batch, so that memory use while saving and loading does not grow with the buffer.
@@ -71,6 +73,13 @@ def experiences_to_arrays(experiences: Sequence[Experience]) -> list[pa.Array]:
         pa.array([experience.entropy for experience in experiences], pa.float64()),
         pa.array([experience.prompt_hash for experience in experiences], pa.int64()),
     ]
+
+
+def group_numbers(first: int, num_rows: int, group_size: int | None) -> pa.Array:
+    """Column of `GROUP_SCHEMA` for the rows from number `first` on, group after group; null without groups."""
+    if group_size is None:
+        return pa.nulls(num_rows, pa.int64())
+    return pa.array(np.arange(first, first + num_rows) // group_size)
 
 
 def experiences_from_table(
