@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 
 from ..records import Experience, Question, Reuse
 from .image_pool import ImagePool
@@ -31,7 +30,7 @@ class Store:
         question: Question,
         experiences: Sequence[Experience],
         bucket: int,
-        reuse: Mapping[Experience, Reuse] = MappingProxyType({}),
+        reuse: Mapping[Experience, Reuse] | None = None,
     ) -> tuple[int, int]:
         """
         Store what is new among the completions of a question and put the question, if stored, into the bucket.
@@ -46,23 +45,22 @@ class Store:
                 return 0, 0
             stored = self.questions[question_id] = self._kind(self.images.question(question), bucket)
             self.buckets.setdefault(bucket, Bucket()).add(question_id)
-        new = stored.new_among(experiences)
         own = []
-        for experience in new:
+        for experience in stored.new_among(experiences):
             # One object at two places would be one entry of the index.
             unique = replace(experience) if experience in self.versions else self.images.experience(experience)
             own.append(unique)
             self.versions.add(unique, question_id)
-            self.num_completions += 1
             self.num_tokens += unique.num_tokens
-            if experience in reuse:
+            if reuse and experience in reuse:
                 self.reuse[unique] = reuse[experience]
         stored.add(own)
+        self.num_completions += len(own)
         if stored.bucket != bucket:
             self._leave_bucket(question_id, stored.bucket)
             self.buckets.setdefault(bucket, Bucket()).add(question_id)
             stored.bucket = bucket
-        return len(new), len(experiences) - len(new)
+        return len(own), len(experiences) - len(own)
 
     def update(self, question: Question) -> None:
         """Replace the row of a stored question."""

@@ -62,12 +62,14 @@ class StoredCompletions(StoredQuestion):
     def new_among(self, experiences: Sequence[Experience]) -> list[Experience]:
         new: dict[bytes, Experience] = {}
         for experience in experiences:
-            if experience.token_bytes not in self.completions:
-                new.setdefault(experience.token_bytes, experience)
+            tokens = experience.token_bytes
+            if tokens not in self.completions and tokens not in new:
+                new[tokens] = experience
         return list(new.values())
 
     def add(self, experiences: Sequence[Experience]) -> None:
-        self.completions.update((experience.token_bytes, experience) for experience in experiences)
+        for experience in experiences:
+            self.completions[experience.token_bytes] = experience
 
     def find(self, experience: Experience) -> Experience | None:
         return self.completions.get(experience.token_bytes)
