@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..batch import Batch, loss_mask
+from ..batch import Batch
 from ..processes import Processes
+from ..rows import loss_mask
 from .base import Generate, Rollouts
 
 # What TRL generates with, an attribute of its `VLLMGeneration` by mode.
