@@ -42,8 +42,8 @@ def test_public_names() -> None:
     assert set(exgrpo_trl.__all__) == {
         "Admission", "AdmissionRule", "Candidate", "CompletionSelector", "EvictionRule", "ExGRPOConfig",
         "ExGRPOTrainer", "Experience", "ExperienceBuffer", "ExperienceBufferError", "GroupSelector",
-        "ImportanceWeight", "Question", "QuestionSampler", "ReplayWeighting", "Reuse", "RolloutDetails", "StoredImage", "Strategy", "__version__",
-        "question_id_of",
+        "ImportanceWeight", "Question", "QuestionSampler", "ReplayWeighting", "Reuse", "RolloutDetails",
+        "StoredImage", "Strategy", "__version__", "question_id_of",
     }  # fmt: skip
     for name in exgrpo_trl.__all__:
         assert getattr(exgrpo_trl, name) is not None
@@ -66,8 +66,8 @@ def test_py_typed_is_shipped() -> None:
 ORDER = [
     "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer", "cli",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
-    "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "compatibility", "replayer",
-    "generation", "trainer",
+    "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices",
+    "compatibility", "replayer", "generation", "trainer",
 ]  # fmt: skip
 
 

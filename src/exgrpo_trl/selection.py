@@ -175,7 +175,9 @@ class Selection:
         rows = rows_of_group(row, self.args.num_generations, min(self._most_stored, len(waiting)))
         while len(chosen) < len(rows):
             has_choice = len(waiting) > len(rows) - len(chosen)
-            chosen.append(waiting.pop(self._index(waiting, rng) if has_choice else 0))
+            index = self._index(waiting, rng) if has_choice else 0
+            chosen.append(waiting[index])
+            waiting = waiting[:index] + waiting[index + 1 :]  # a selector may keep what it was shown
         return [
             Replay(self.questions[question_id], candidate.experience, of_one, candidate.entropy)
             for of_one, candidate in zip(rows, chosen, strict=True)

@@ -12,6 +12,7 @@ from exgrpo_trl import (
     CompletionSelector,
     EvictionRule,
     ExGRPOConfig,
+    GroupSelector,
     QuestionSampler,
     ReplayWeighting,
     Strategy,
@@ -19,7 +20,7 @@ from exgrpo_trl import (
 from exgrpo_trl.strategies import Strategies
 from exgrpo_trl.strategies.base import as_strategy
 
-KINDS = (QuestionSampler, CompletionSelector, AdmissionRule, EvictionRule, ReplayWeighting)
+KINDS = (QuestionSampler, CompletionSelector, GroupSelector, AdmissionRule, EvictionRule, ReplayWeighting)
 
 
 def config(**fields):
