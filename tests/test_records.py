@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from exgrpo_trl.records import Candidate, Experience, Question
+from exgrpo_trl.records import Candidate, Experience, Question, Reuse
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16, ">i4", "list", "tuple", "strided"])
@@ -111,3 +111,35 @@ def test_an_experience_reads_well():
         "Experience(num_tokens=9000, policy_version=3, reward=0.333333, entropy=0.1235, "
         "token_ids=[0, 1, 2, 3, 4, 5, ...])"
     )
+
+
+def test_a_record_of_reuse_holds_plain_numbers():
+    assert str(Reuse()) == "Reuse(num_replays=0, entropy=nan, negative_log_likelihood=nan, scored_at=0)"
+    record = Reuse(np.int64(2), np.float32(0.5), 1, np.int32(7))
+    assert record == Reuse(2, 0.5, 1.0, 7)
+    assert [type(value) for value in (record.num_replays, record.entropy, record.negative_log_likelihood)] == [
+        int,
+        float,
+        float,
+    ]
+    with pytest.raises(AttributeError):
+        record.num_replays = 3
+    assert not hasattr(record, "__dict__")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"num_replays": -1}, ValueError, "`num_replays`.*-1"),
+        ({"num_replays": 2**63}, ValueError, "`num_replays`"),
+        ({"num_replays": 1.0}, TypeError, "`num_replays` must be an integer, got 1.0"),
+        ({"entropy": math.inf}, ValueError, "`entropy` must be finite or NaN"),
+        ({"entropy": None}, TypeError, "`entropy`"),
+        ({"negative_log_likelihood": -math.inf}, ValueError, "`negative_log_likelihood` must be finite or NaN"),
+        ({"scored_at": -1}, ValueError, "`scored_at`.*-1"),
+        ({"scored_at": 2**63}, ValueError, "`scored_at`"),
+    ],
+)
+def test_a_record_of_reuse_is_checked(changes, error, message):
+    with pytest.raises(error, match=message):
+        Reuse(**changes)

@@ -17,6 +17,7 @@ from .rollout_details import RolloutDetails, is_model_of
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_POLICY_VERSION = 2**63 - 1
+MAX_NUM_REPLAYS = 2**63 - 1
 UNKNOWN_PROMPT = 0
 # A log-probability is at most 0; float32 and bfloat16 soft-maxes overshoot by a little.
 MAX_LOG_PROBABILITY = 1e-4
@@ -222,23 +223,52 @@ class Experience:
 @dataclass(frozen=True, slots=True)
 class Reuse:
     """
-    How a stored completion has fared since it was generated.
+    How a stored completion was used so far, and what the policy thought of it last.
 
     Args:
         num_replays (`int`, *optional*, defaults to `0`):
-            How often it was replayed so far.
+            How often it was replayed.
         entropy (`float`, *optional*, defaults to NaN):
-            Last known mean token entropy, nats; NaN if unknown.
+            Last known mean token entropy in nats, NaN if unknown.
         negative_log_likelihood (`float`, *optional*, defaults to NaN):
-            Last known mean negative log-likelihood of a token that the model wrote, nats; NaN if unknown.
+            Last known mean negative log-likelihood in nats per token that the model wrote, NaN if unknown.
         scored_at (`int`, *optional*, defaults to `0`):
-            Policy version that these date from, in optimizer steps.
+            Policy version (optimizer step) that both date from.
+
+    Raises:
+        TypeError: if a number is not a number.
+        ValueError: if a number is out of range.
     """
 
     num_replays: int = 0
     entropy: float = math.nan
     negative_log_likelihood: float = math.nan
     scored_at: int = 0
+
+    def __post_init__(self) -> None:
+        num_replays = as_integer("num_replays", self.num_replays)
+        if not 0 <= num_replays <= MAX_NUM_REPLAYS:
+            raise ValueError(f"`num_replays` must not be negative, got {num_replays}; it counts replays.")
+        # Plain numbers, whichever came: they are saved, and compared.
+        for name, value in (
+            ("num_replays", num_replays),
+            ("entropy", _checked_float("entropy", self.entropy, allow_nan=True)),
+            (
+                "negative_log_likelihood",
+                _checked_float("negative_log_likelihood", self.negative_log_likelihood, allow_nan=True),
+            ),
+            ("scored_at", _checked_policy_version(self.scored_at, "scored_at")),
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def at_generation(cls, experience: Experience) -> Reuse:
+        """What is known of a completion that was not replayed: what its own policy thought of it."""
+        logps = experience.behavior_per_token_logps
+        if experience.num_model_tokens < experience.num_tokens:
+            logps = logps[experience.is_model]
+        likelihood = float(logps.mean(dtype=np.float64)) if logps.size else math.nan
+        return cls(0, experience.entropy, -likelihood, experience.policy_version)
 
 
 class Scores(NamedTuple):
@@ -316,10 +346,10 @@ def as_integer(name: str, value: Any, alternative: str = "") -> int:
         raise TypeError(f"`{name}` must be an integer{alternative}, got {value!r}.") from None
 
 
-def _checked_policy_version(policy_version: int) -> int:
-    version = as_integer("policy_version", policy_version)
+def _checked_policy_version(policy_version: int, name: str = "policy_version") -> int:
+    version = as_integer(name, policy_version)
     if not 0 <= version <= MAX_POLICY_VERSION:
-        raise ValueError(f"`policy_version` must not be negative, got {version}; it is the global optimizer step.")
+        raise ValueError(f"`{name}` must not be negative, got {version}; it is the global optimizer step.")
     return version
 
 

@@ -424,7 +424,9 @@ class Replayer:
         reuse = replace(reuse, num_replays=reuse.num_replays + 1)
         if replay.row in batch.scores:
             scores, version = batch.scores[replay.row]
-            reuse = Reuse(reuse.num_replays, scores.entropy, scores.negative_log_likelihood, version)
+            # A policy that rules a token out gives infinite scores.
+            known = [value if np.isfinite(value) else np.nan for value in scores[:2]]
+            reuse = Reuse(reuse.num_replays, *known, scored_at=version)
         self.buffer.note_reuse(replay.question.question_id, replay.experience, reuse)
         return reuse
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from exgrpo_trl.buffer import ExperienceBuffer
-from exgrpo_trl.records import Experience, Question
+from exgrpo_trl.records import Experience, Question, Reuse
 
 K = 4
 
@@ -35,7 +35,7 @@ class Twin:
 
     def __init__(self, capacity, per_question, retire_solved):
         self.capacity, self.per_question, self.retire_solved = capacity, per_question, retire_solved
-        self.rows, self.bucket, self.retired = [], {}, []
+        self.rows, self.bucket, self.retired, self.reuse = [], {}, [], {}
         self.evicted = self.duplicates = 0
 
     def of(self, name):
@@ -46,6 +46,7 @@ class Twin:
         num_dropped = len(self.rows) - len(kept)
         self.rows = kept
         self.bucket = {name: bucket for name, bucket in self.bucket.items() if self.of(name)}
+        self.reuse = {experience: self.reuse[experience] for _, experience in kept if experience in self.reuse}
         return num_dropped
 
     def evict(self, victim):
@@ -99,6 +100,7 @@ def assert_same(buffer, twin):
     assert list(buckets.items()) == sorted(expected.items())
     for name in twin.bucket:
         assert list(buffer.completions(name)) == twin.of(name)
+    assert buffer._store.reuse == twin.reuse
 
 
 @pytest.mark.parametrize(
@@ -113,9 +115,10 @@ def test_random_operations_match_the_slow_twin(capacity, per_question, retire_so
     twin = Twin(capacity, per_question, retire_solved)
     names = [f"q{number}" for number in range(200)]
     used = set()
+    most_replays = 0
     for step in range(4000):
         operation = chance.choices(
-            ["collect", "evict", "foreign", "retire", "age", "limits", "sample"], [70, 8, 3, 1, 2, 1, 10]
+            ["collect", "evict", "foreign", "retire", "age", "limits", "sample", "note"], [70, 8, 3, 1, 2, 1, 10, 10]
         )[0]
         # A window of names that moves on, as questions retire for good.
         name = names[min(step // 25 + chance.randrange(15), 199)]
@@ -135,7 +138,14 @@ def test_random_operations_match_the_slow_twin(capacity, per_question, retire_so
             name, victim = chance.choice(twin.rows)
             assert buffer.evict(name, make(*victim.token_ids)) is True
             twin.evict(victim)
+        elif operation == "note" and twin.rows:
+            name, used_again = chance.choice(twin.rows)
+            record = Reuse(buffer.reuse(used_again).num_replays + 1, chance.random(), chance.random(), step)
+            assert buffer.note_reuse(name, chance.choice([used_again, make(*used_again.token_ids)]), record) is True
+            twin.reuse[used_again] = record
+            most_replays = max(most_replays, record.num_replays)
         elif operation == "foreign":
+            assert buffer.note_reuse(name, make(9, 9), Reuse(1)) is False
             assert buffer.evict(name, make(9, 9)) is False
         elif operation == "retire":
             buffer.retire(name)
@@ -155,7 +165,8 @@ def test_random_operations_match_the_slow_twin(capacity, per_question, retire_so
             assert len(drawn) == min(5, len(twin.bucket))
             assert set(drawn) <= set(twin.bucket)
         assert_same(buffer, twin)
-    assert len(used) == 7
+    assert len(used) == 8
+    assert most_replays > 1
     assert twin.retired
     assert twin.evicted > 50
     assert twin.duplicates > 50
@@ -279,6 +290,11 @@ def test_bucket_views_are_live_and_read_only():
     assert (len(view), view[0], list(view), view[-2:], "b" in view) == (3, "a", ["a", "b", "c"], ["b", "c"], True)
     collect(buffer, "d", make(1))
     assert len(view) == 4
+    assert [view.index(name) for name in view] == [0, 1, 2, 3]
+    assert (view.index("c", 1), view.index("c", -2), view.index("a", 0, 1)) == (2, 2, 0)
+    for absent in (("x",), ("a", 1), ("c", 0, 2), ("b", -2)):
+        with pytest.raises(ValueError, match=f"'{absent[0]}' is not in this bucket"):
+            view.index(*absent)
     assert not [name for name in dir(view) if name in ("add", "append", "remove", "pop", "clear", "__setitem__")]
     with pytest.raises(TypeError):
         buckets[1] = []
@@ -449,6 +465,7 @@ BREAKS = {
     "version": lambda buffer: buffer._store.versions.remove(buffer.completions("a")[0]),
     "foreign version": lambda buffer: buffer._store.versions.add(make(1), "a"),
     "heap": lambda buffer: buffer._store.versions._heap.append(77),
+    "foreign record": lambda buffer: buffer._store.reuse.update({make(1): Reuse(1)}),
     "capacity": lambda buffer: setattr(buffer, "_capacity", 1),
     "limit per question": lambda buffer: setattr(buffer, "_max_per_question", 1),
 }
@@ -531,6 +548,8 @@ def test_no_operation_on_the_training_path_walks_the_buffer():
                 buffer.rng.bit_generator.__setstate__(np.random.PCG64(1).__getstate__()) or buffer.sample_questions(8)
             ),
             "read": lambda: (buffer.completions("q7"), buffer.question("q7"), buffer.metrics(), "q7" in buffer),
+            "note": lambda: buffer.note_reuse("q7", make(7), Reuse(1)) and buffer.reuse(buffer.completions("q7")[0]),
+            "position": lambda: buffer.buckets()[1].index("q12"),
             "evict stale": lambda: buffer.evict_older_than(0),
             "replace at capacity": lambda: (
                 setattr(buffer, "_capacity", buffer.num_completions),
@@ -598,7 +617,8 @@ def test_dataset_round_trip():
     dataset = buffer.to_dataset()
     assert dataset.column_names == [
         *("question_id", "example", "bucket", "token_ids", "behavior_per_token_logps"),
-        *("policy_version", "reward", "entropy", "prompt_hash", "provenance"),
+        *("policy_version", "reward", "entropy", "prompt_hash"),
+        *("num_replays", "known_entropy", "known_negative_log_likelihood", "known_at", "provenance"),
     ]
     assert dataset["question_id"][:] == ["c", "a", "a", "b"]
     assert dataset[1]["token_ids"] == [1, 2]

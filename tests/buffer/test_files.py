@@ -19,7 +19,7 @@ import pytest
 
 from exgrpo_trl.buffer import ExperienceBuffer, files, tables
 from exgrpo_trl.buffer.metadata import _sha256 as checksum_of
-from exgrpo_trl.records import Experience, ExperienceBufferError, Question
+from exgrpo_trl.records import Experience, ExperienceBufferError, Question, Reuse
 
 K = 8
 FILES = ["completions.parquet", "images.parquet", "metadata.json", "questions.parquet", "retired.parquet"]
@@ -51,6 +51,10 @@ def operate(buffer, chance, num_operations):
             answers.append(buffer.evict_older_than(step // 20 - 5))
         elif roll < 0.85 and name in buffer:
             answers.append(buffer.evict(name, chance.choice(buffer.completions(name))))
+        elif roll < 0.9 and name in buffer:
+            used = chance.choice(buffer.completions(name))
+            known = [chance.choice([math.nan, chance.random()]) for _ in range(2)]
+            answers.append(buffer.note_reuse(name, used, Reuse(buffer.reuse(used).num_replays + 1, *known, step)))
         else:
             answers.append(buffer.sample_questions(5))
     return answers
@@ -64,7 +68,14 @@ def state(buffer):
             name: (
                 repr(buffer.question(name)),
                 [
-                    (e.token_bytes, e.logp_bytes, e.policy_version, repr(e.reward), repr(e.entropy))
+                    (
+                        e.token_bytes,
+                        e.logp_bytes,
+                        e.policy_version,
+                        repr(e.reward),
+                        repr(e.entropy),
+                        repr(buffer.reuse(e)),
+                    )
                     for e in buffer.completions(name)
                 ],
             )
@@ -72,6 +83,7 @@ def state(buffer):
             for name in ids
         },
         "by age": [(experience.token_bytes, name) for experience, name in buffer._store.versions],
+        "num_records": len(buffer._store.reuse),
         "retired": list(buffer.retired),
         "counters": (buffer.num_completions, buffer.num_tokens, buffer.num_evicted, buffer.num_duplicates),
         "settings": (
@@ -121,6 +133,7 @@ def test_round_trip_is_exact_and_goes_on_alike(tmp_path, monkeypatch, limits, sm
     assert loaded.check_valid() == (True, "")
     assert state(loaded) == state(buffer)
     assert buffer.num_questions > 20
+    assert 0 < len(buffer._store.reuse) < buffer.num_completions
     assert limits or buffer.retired
     assert [loaded.sample_questions(9) for _ in range(10)] == [buffer.sample_questions(9) for _ in range(10)]
     answers = [operate(each, random.Random(5), 300) for each in (buffer, loaded)]
@@ -245,8 +258,8 @@ def rewrite(path, **changes):
 
 def test_newer_schema(saved):
     _, path = saved
-    rewrite(path, schema_version=4)
-    assert_refused(path, "schema version 4.*up to 3.*Upgrade exgrpo-trl")
+    rewrite(path, schema_version=5)
+    assert_refused(path, "schema version 5.*up to 4.*Upgrade exgrpo-trl")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rewriting import rewritten, with_column
 
 from exgrpo_trl import Experience, ExperienceBuffer, ExperienceBufferError, Question, RolloutDetails, StoredImage
-from exgrpo_trl.buffer import metadata, tables
+from exgrpo_trl.buffer import files, metadata, tables
 from exgrpo_trl.images import stored
 
 Image = pytest.importorskip("PIL.Image")
@@ -263,28 +264,6 @@ def test_files_of_text_stay_as_small_as_they_were(tmp_path):
     )
 
 
-def rewritten(path, name, change):
-    """A data file changed on purpose, with checksums that match."""
-    table = change(pq.read_table(path / name))
-    pq.write_table(table, path / name)
-    about = json.loads((path / "metadata.json").read_text())
-    about["files"] = {
-        file: {"bytes": size, "sha256": digest}
-        for file, size, digest in metadata.digests(path, metadata.data_files(about["schema_version"]))
-    }
-    text = json.dumps(about | {"checksum": ""}, indent=2)
-    text = text.replace('"checksum": ""', f'"checksum": "{metadata._sha256(text)}"', 1)
-    (path / "metadata.json").write_text(text)
-
-
-def with_column(name, change):
-    def changed(table):
-        values = pa.array(change(table.column(name).to_pylist()), table.schema.field(name).type)
-        return table.set_column(table.column_names.index(name), table.schema.field(name), values)
-
-    return changed
-
-
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -312,14 +291,16 @@ def test_files_that_contradict_themselves(tmp_path, file, change, message):
         ExperienceBuffer.load(path)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_files_of_earlier_versions(tmp_path, version):
     buffer = ExperienceBuffer()
     collect(buffer, ask("a"), make(1, 2), make(3))
     path = tmp_path / "buffer"
     buffer.save(path)
-    later = [name for name in tables.LATER_COLUMNS if version == 1 or name != "prompt_hash"]
-    (path / "images.parquet").unlink()
+    later = [name for name, added_in in files._ADDED_IN.items() if added_in > version]
+    assert set(files._ADDED_IN) == set(tables.LATER_COLUMNS)
+    if version < 3:
+        (path / "images.parquet").unlink()
     about = json.loads((path / "metadata.json").read_text())
     (path / "metadata.json").write_text(json.dumps(about | {"schema_version": version}))
     rewritten(path, "completions.parquet", lambda table: table.drop_columns(later))

@@ -8,7 +8,7 @@ import pytest
 from exgrpo_trl import RolloutDetails, StoredImage, __version__
 from exgrpo_trl.buffer import ExperienceBuffer
 from exgrpo_trl.cli import main
-from exgrpo_trl.records import Experience, Question
+from exgrpo_trl.records import Experience, Question, Reuse
 
 
 @pytest.fixture
@@ -19,6 +19,8 @@ def path(tmp_path):
         bucket = 2 if number < 100 else 5 if number < 119 else 7
         question = Question(f"q{number}", {"prompt": "a"})
         buffer.collect(question, [experience], num_correct=bucket, group_size=8)
+    for number in range(60):
+        buffer.note_reuse(f"q{number}", buffer.completions(f"q{number}")[0], Reuse(1 + number % 2))
     buffer.retire("solved")
     buffer.provenance = {"tokenizer": "[red]abc[/red]", "temperature": 0.75}
     buffer.save(tmp_path / "checkpoint-10" / "experience_buffer")
@@ -38,6 +40,7 @@ def test_show(path, capsys, of):
         "tokens 1,200",
         "retired 1",
         "policy versions 3 to 122",
+        "replays of a completion 0.75 on average, at most 2",
         "capacity 5000",
         "max completions per question none",
         "tokenizer [red]abc[/red]",
@@ -57,6 +60,7 @@ def test_show_json(path, capsys):
     assert summary["buckets"] == {"2": 100, "5": 19, "7": 1}
     assert summary["counts"]["tokens"] == 1200
     assert summary["policy_versions"] == {"oldest": 3, "newest": 122}
+    assert summary["replays"] == {"mean": 0.75, "highest": 2}
     assert summary["settings"]["capacity"] == 5000
     assert summary["provenance"]["temperature"] == 0.75
 
@@ -96,7 +100,8 @@ def test_show_counts_turns_and_images(path, tmp_path, capsys):
 def test_show_empty_buffer(tmp_path, capsys):
     ExperienceBuffer().save(tmp_path / "buffer")
     assert main(["show", str(tmp_path / "buffer")]) == 0
-    assert "policy versions none" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "policy versions none replays of a completion none" in printed
 
 
 def test_errors_are_one_line_and_exit_code_1(path, tmp_path, capsys):

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..images import StoredImage, map_images, pixel_digest
-from ..records import Experience, Question
+from ..records import Experience, Question, Reuse
 from ..values import plain
 from .detail_columns import DETAIL_SCHEMA, details_from_columns, details_to_arrays, require
 from .image_files import example_from_text, example_to_text
 from .image_pool import stored_images_in
+from .reuse_columns import REUSE_SCHEMA, reuse_from_table, reuse_to_arrays
 from .tables import (
     EXPERIENCE_SCHEMA,
     LATER_COLUMNS,
@@ -32,7 +33,7 @@ from .tables import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-DATASET_SCHEMA = pa.unify_schemas([QUESTION_SCHEMA, EXPERIENCE_SCHEMA])
+DATASET_SCHEMA = pa.unify_schemas([QUESTION_SCHEMA, EXPERIENCE_SCHEMA, REUSE_SCHEMA])
 # The same JSON in every row. Datasets drop everything but columns on their way through Parquet files.
 PROVENANCE = "provenance"
 # Of datasets with images or details. `details` alone is exact: `messages` and `is_model` are there to be read.
@@ -59,16 +60,28 @@ class _Row(NamedTuple):
         return len(self.example) + bytes_of(self.experience) + sum(len(image.content) for image in self.images)
 
 
+class ImportedRow(NamedTuple):
+    """A row of a dataset of stored completions; `reuse` is `None` where it has no record."""
+
+    question: Question
+    experience: Experience
+    bucket: int
+    reuse: Reuse | None
+
+
 def completions_to_dataset(
-    items: Iterable[tuple[Question, int, Experience]], provenance: Mapping[str, Any]
+    items: Iterable[tuple[Question, int, Experience]],
+    provenance: Mapping[str, Any],
+    reuse: Mapping[Experience, Reuse],
 ) -> Dataset:
     """
     Dataset of the stored completions, one per row.
 
     Columns: `question_id`, `example` (JSON, see [`encode_example`]), `bucket`, `token_ids`,
     `behavior_per_token_logps` (nats), `policy_version` (optimizer steps), `reward`, `entropy` (nats, NaN if unknown)
-    `prompt_hash` (0 if unknown) and `provenance` (JSON, null if unknown, the same in every row). Rows go by bucket,
-    question and age.
+    `prompt_hash` (0 if unknown), the record of [`Reuse`] as `num_replays` (0 without one), `known_entropy`,
+    `known_negative_log_likelihood` and `known_at` (null without one), and `provenance` (JSON, null if unknown, the
+    same in every row). Rows go by bucket, question and age.
 
     Where a question has images, or a completion has [`RolloutDetails`], there are five more:
 
@@ -88,6 +101,8 @@ def completions_to_dataset(
             Question, bucket and completion of each row, see [`ExperienceBuffer.items`].
         provenance (`Mapping[str, Any]`):
             What the tokens depend on, see [`ExperienceBuffer`].
+        reuse (`Mapping[Experience, Reuse]`):
+            Records of those completions that have one.
     """
     from datasets import Dataset
 
@@ -101,7 +116,10 @@ def completions_to_dataset(
             pa.array(values, kind)
             for values, kind in zip((question_ids, examples, buckets), QUESTION_SCHEMA.types, strict=True)
         ]
-        columns += experiences_to_arrays(experiences) + (_rollout_arrays(batch) if has_rollouts else [])
+        columns += experiences_to_arrays(experiences) + reuse_to_arrays(
+            [reuse.get(experience) for experience in experiences]
+        )
+        columns += _rollout_arrays(batch) if has_rollouts else []
         batches.append(pa.record_batch(columns, schema=schema))
     table = pa.Table.from_batches(batches, schema=schema)
     text = pa.scalar(json.dumps(provenance, sort_keys=True) if provenance else None, pa.string())
@@ -109,9 +127,9 @@ def completions_to_dataset(
     return Dataset(_with_features(table) if has_rollouts else table)
 
 
-def completions_from_dataset(dataset: Dataset) -> Iterator[tuple[Question, Experience, int]]:
+def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
     """
-    Question, completion and bucket of every row of a dataset; the inverse of [`completions_to_dataset`].
+    Question, completion, bucket and record of every row of a dataset; the inverse of [`completions_to_dataset`].
 
     Args:
         dataset (`datasets.Dataset`):
@@ -155,11 +173,12 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[tuple[Question, Exper
         num_tokens = pc.list_value_length(array_of(batch, "token_ids")).to_numpy(zero_copy_only=False)
         experiences = experiences_from_table(batch, details_from_columns(details, num_tokens, images))
         columns = (batch.column(name).to_pylist() for name in QUESTION_SCHEMA.names)
-        for experience, question_id, example, bucket in zip(experiences, *columns, strict=True):
+        records = reuse_from_table(batch)
+        for experience, record, question_id, example, bucket in zip(experiences, records, *columns, strict=True):
             # Rows of a question follow each other, with one text.
             if question is None or question_id != question.question_id or example != text:
                 question, text = Question(question_id, example_from_text(example, images)), example
-            yield question, experience, bucket
+            yield ImportedRow(question, experience, bucket, record)
 
 
 def provenance_from_dataset(dataset: Dataset) -> dict[str, Any]:

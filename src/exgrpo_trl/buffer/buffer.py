@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ..images import referenced
-from ..records import Experience, Question, as_integer
+from ..records import Experience, Question, Reuse, as_integer
 from ..strategies.eviction import EvictionFunction, Oldest
 from ..strategies.samplers import GaussianSampler, SamplingFunction, check_drawn
 from ..values import plain
@@ -160,6 +160,36 @@ class ExperienceBuffer:
             KeyError: if the buffer holds no completion of that question.
         """
         return tuple(self._stored(question_id).completions.values())
+
+    def reuse(self, experience: Experience) -> Reuse:
+        """How a stored completion was used so far; what is known from its generation if nothing was noted of it."""
+        return self._store.reuse.get(experience) or Reuse.at_generation(experience)
+
+    def note_reuse(self, question_id: str, experience: Experience, reuse: Reuse) -> bool:
+        """
+        Replace the record of a stored completion; it leaves with the completion.
+
+        Args:
+            question_id (`str`):
+                Its question.
+            experience ([`Experience`]):
+                The completion; one of the same question with the same tokens counts as the same.
+            reuse ([`~exgrpo_trl.records.Reuse`]):
+                The new record.
+
+        Returns:
+            `bool`: whether the completion is stored.
+
+        Raises:
+            TypeError: if `reuse` is no record.
+        """
+        if not isinstance(reuse, Reuse):
+            raise TypeError(f"`reuse` must be a Reuse, got {type(reuse).__name__}.")
+        found = self._store.find(question_id, experience)
+        if found is None:
+            return False
+        self._store.reuse[found] = reuse
+        return True
 
     def items(self) -> Iterator[tuple[Question, int, Experience]]:
         """Every stored completion with its question and bucket; by bucket, question and age."""
@@ -414,7 +444,7 @@ class ExperienceBuffer:
         """One row per stored completion, see [`completions_to_dataset`]; retired questions are not in it."""
         from .as_dataset import completions_to_dataset
 
-        return completions_to_dataset(self.items(), self.provenance)
+        return completions_to_dataset(self.items(), self.provenance, self._store.reuse)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, *, group_size: int, **kwargs: Any) -> ExperienceBuffer:
@@ -436,10 +466,11 @@ class ExperienceBuffer:
         from .as_dataset import completions_from_dataset, provenance_from_dataset
 
         buffer = cls(group_size=group_size, **kwargs)
-        for question, experience, bucket in completions_from_dataset(dataset):
+        for question, experience, bucket, reuse in completions_from_dataset(dataset):
             buffer._check_prompt(question)
+            records = {} if reuse is None else {experience: reuse}
             _, num_duplicates = buffer._store.insert(
-                question, [experience], _checked_count("bucket", bucket, group_size)
+                question, [experience], _checked_count("bucket", bucket, group_size), records
             )
             buffer.num_duplicates += num_duplicates
         buffer.provenance = provenance_from_dataset(dataset)
@@ -489,9 +520,10 @@ class ExperienceBuffer:
         questions: Iterable[tuple[Question, int, Sequence[Experience]]],
         by_age: Iterable[tuple[Experience, str]],
         retired: Iterable[str],
+        reuse: Mapping[Experience, Reuse],
     ) -> None:
         """Fill an empty buffer so that every order is as it was: of bucket, question, policy version, retirement."""
-        self._store.restore(questions, by_age)
+        self._store.restore(questions, by_age, reuse)
         self._retired.update(dict.fromkeys(retired))
 
 

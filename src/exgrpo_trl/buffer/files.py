@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..images import StoredImage
-from ..records import Experience, ExperienceBufferError, Question
+from ..records import Experience, ExperienceBufferError, Question, Reuse
 from .detail_columns import DETAIL_SCHEMA, details_from_columns, details_to_arrays
 from .disk import rename, sync
 from .image_files import example_from_text, example_to_text, read_images, write_images
@@ -33,6 +33,7 @@ from .metadata import (
     metadata_text,
     read_metadata,
 )
+from .reuse_columns import REUSE_SCHEMA, reuse_from_table, reuse_to_arrays
 from .tables import (
     EXPERIENCE_SCHEMA,
     QUESTION_SCHEMA,
@@ -52,10 +53,10 @@ Buffer = TypeVar("Buffer", bound="ExperienceBuffer")
 # `question` is a row number of the questions file. `age_rank` orders the completions of a policy version, which need
 # not be the order of the rows: these go by question.
 COMPLETION_SCHEMA = pa.unify_schemas(
-    [pa.schema([("question", pa.int64()), ("age_rank", pa.int64())]), EXPERIENCE_SCHEMA, DETAIL_SCHEMA]
+    [pa.schema([("question", pa.int64()), ("age_rank", pa.int64())]), EXPERIENCE_SCHEMA, DETAIL_SCHEMA, REUSE_SCHEMA]
 )
 # Schema version that wrote a column first, where that is not the first one.
-_ADDED_IN = {"prompt_hash": 2, **dict.fromkeys(DETAIL_SCHEMA.names, 3)}
+_ADDED_IN = {"prompt_hash": 2, **dict.fromkeys(DETAIL_SCHEMA.names, 3), **dict.fromkeys(REUSE_SCHEMA.names, 4)}
 RETIRED_SCHEMA = pa.schema([("question_id", pa.string())])
 
 
@@ -151,6 +152,7 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
                 images.update((image.digest, image) for image in of.images)
             columns = [pa.array(values, pa.int64()) for values in keys]
             columns += experiences_to_arrays(experiences) + details_to_arrays(details)
+            columns += reuse_to_arrays([buffer._store.reuse.get(experience) for experience in experiences])
             file.write_batch(pa.record_batch(columns, schema=COMPLETION_SCHEMA))
     write_images(directory / IMAGES_FILE, images.values())
 
@@ -221,6 +223,7 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     ]
     completions: list[list[Experience]] = [[] for _ in questions]
     by_age: list[tuple[Experience, str] | None] = [None] * counts["completions"]
+    reuse: dict[Experience, Reuse] = {}
     written = pa.schema([field for field in COMPLETION_SCHEMA if _ADDED_IN.get(field.name, 1) <= version])
     for batch in _row_groups(directory / COMPLETIONS_FILE, written):
         table = with_later_columns(batch, COMPLETION_SCHEMA)
@@ -229,7 +232,10 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
             {name: array_of(table, name) for name in DETAIL_SCHEMA.names}, num_tokens, images
         )
         rows, ranks = table.column("question").to_pylist(), table.column("age_rank").to_pylist()
-        for row, rank, experience in zip(rows, ranks, experiences_from_table(table, details), strict=True):
+        experiences = experiences_from_table(table, details)
+        records = zip(experiences, reuse_from_table(table), strict=True)
+        reuse.update((experience, record) for experience, record in records if record is not None)
+        for row, rank, experience in zip(rows, ranks, experiences, strict=True):
             completions[row].append(experience)
             by_age[rank] = (experience, questions[row][0].question_id)
     retired = [
@@ -241,6 +247,7 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
         [(question, bucket, stored) for (question, bucket), stored in zip(questions, completions, strict=True)],
         [owned for owned in by_age if owned is not None],
         retired,
+        reuse,
     )
     is_valid, reason = buffer.check_valid()
     if is_valid and any(buffer.metrics()[name] != count for name, count in counts.items()):

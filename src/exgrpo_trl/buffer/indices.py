@@ -34,6 +34,19 @@ class Bucket(Sequence[str]):
     def __contains__(self, question_id: object) -> bool:
         return question_id in self._positions
 
+    def index(self, question_id: str, start: int = 0, stop: int | None = None) -> int:
+        """
+        Position of an id, in constant time.
+
+        Raises:
+            ValueError: if it is not there.
+        """
+        position = self._positions.get(question_id)
+        first, end, _ = slice(start, stop).indices(len(self))
+        if position is None or not first <= position < end:
+            raise ValueError(f"Question {question_id!r} is not in this bucket.")
+        return position
+
     def add(self, question_id: str) -> None:
         """Append an id that is not in the bucket."""
         self._positions[question_id] = len(self._ids)
@@ -75,6 +88,15 @@ class BucketView(Sequence[str]):
 
     def __contains__(self, question_id: object) -> bool:
         return question_id in self._bucket
+
+    def index(self, question_id: str, start: int = 0, stop: int | None = None) -> int:
+        """
+        Position of an id, in constant time.
+
+        Raises:
+            ValueError: if it is not there.
+        """
+        return self._bucket.index(question_id, start, stop)
 
     def __repr__(self) -> str:
         return f"BucketView({len(self)} questions)"

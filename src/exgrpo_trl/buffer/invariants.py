@@ -64,6 +64,8 @@ def violations(
             store.questions[question_id].completions.get(experience.token_bytes) is not experience
         ):
             yield f"a policy version holds a completion that question {question_id!r} does not have"
+    if not all(experience in store.versions for experience in store.reuse):
+        yield "there is a record of reuse of a completion that is not stored"
 
 
 def _violations_of_details(question_id: str, experience: Experience, store: Store) -> Iterator[str]:

@@ -13,7 +13,8 @@ from ..records import ExperienceBufferError
 
 # 1: completions do not know the tokens of their prompt.
 # 2: neither rollouts of several turns nor images.
-SCHEMA_VERSION = 3
+# 3: nothing of how completions were used.
+SCHEMA_VERSION = 4
 METADATA_FILE = "metadata.json"
 QUESTIONS_FILE = "questions.parquet"
 COMPLETIONS_FILE = "completions.parquet"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NoReturn, Protocol, Self
 
-from ..records import Experience, Question
+from ..records import Experience, Question, Reuse
 from ..strategies.eviction import EvictionFunction
 from ..strategies.samplers import SamplingFunction
 
@@ -14,6 +14,9 @@ class ReplayBuffer(Protocol):
 
     `retired` iterates in the order of retirement, and `load` returns a buffer like the one that was saved: resuming
     relies on both. `collect` gets every group in batch order, `evict` a completion whose reward no longer counts.
+
+    Records of reuse are for configurations that ask for them: as long as nothing does, a buffer without `reuse` and
+    `note_reuse` works, too.
     """
 
     @property
@@ -42,6 +45,8 @@ class ReplayBuffer(Protocol):
     def question(self, question_id: str) -> Question: ...
     def update(self, question: Question) -> None: ...
     def completions(self, question_id: str) -> Sequence[Experience]: ...
+    def reuse(self, experience: Experience) -> Reuse: ...
+    def note_reuse(self, question_id: str, experience: Experience, reuse: Reuse) -> bool: ...
     def buckets(self) -> Mapping[int, Sequence[str]]: ...
     def items(self) -> Iterator[tuple[Question, int, Experience]]: ...
     def retire(self, question_id: str) -> None: ...

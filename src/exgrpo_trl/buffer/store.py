@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
-from ..records import Experience, Question
+from ..records import Experience, Question, Reuse
 from .image_pool import ImagePool
 from .indices import Bucket, VersionIndex
 
@@ -21,21 +22,30 @@ class StoredQuestion:
 
 
 class Store:
-    """Questions by id, question ids by bucket, completions by policy version, and how many of each there are."""
+    """Questions by id, question ids by bucket, completions by policy version, records of reuse, and counts of them."""
 
     def __init__(self) -> None:
         self.questions: dict[str, StoredQuestion] = {}
         self.buckets: dict[int, Bucket] = {}
         self.versions = VersionIndex()
         self.images = ImagePool()
+        # Of completions that have one: those that were never used cost nothing.
+        self.reuse: dict[Experience, Reuse] = {}
         self.num_completions = 0
         self.num_tokens = 0
 
-    def insert(self, question: Question, experiences: Iterable[Experience], bucket: int) -> tuple[int, int]:
+    def insert(
+        self,
+        question: Question,
+        experiences: Iterable[Experience],
+        bucket: int,
+        reuse: Mapping[Experience, Reuse] = MappingProxyType({}),
+    ) -> tuple[int, int]:
         """
         Store what is new among the completions of a question and put the question, if stored, into the bucket.
 
         Returns the numbers of completions that were new and that were not. Images of a new question are encoded.
+        `reuse` has the records of those that were used before.
         """
         question_id = question.question_id
         stored = self.questions.get(question_id)
@@ -53,6 +63,8 @@ class Store:
             self.versions.add(unique, question_id)
             self.num_completions += 1
             self.num_tokens += unique.num_tokens
+            if experience in reuse:
+                self.reuse[unique] = reuse[experience]
             num_new += 1
         if stored is not None and stored.bucket != bucket:
             self._leave_bucket(question_id, stored.bucket)
@@ -73,6 +85,7 @@ class Store:
         """Remove a stored completion, and its question with the last one."""
         stored = self.questions[question_id]
         self.versions.remove(experience)
+        self.reuse.pop(experience, None)
         del stored.completions[experience.token_bytes]
         self.num_completions -= 1
         self.num_tokens -= experience.num_tokens
@@ -81,7 +94,10 @@ class Store:
             self._leave_bucket(question_id, stored.bucket)
 
     def restore(
-        self, questions: Iterable[tuple[Question, int, Sequence[Experience]]], by_age: Iterable[tuple[Experience, str]]
+        self,
+        questions: Iterable[tuple[Question, int, Sequence[Experience]]],
+        by_age: Iterable[tuple[Experience, str]],
+        reuse: Mapping[Experience, Reuse],
     ) -> None:
         """
         Fill an empty store so that every order is as it was: of bucket, question and policy version.
@@ -98,6 +114,7 @@ class Store:
             self.num_tokens += sum(experience.num_tokens for experience in experiences)
         for experience, question_id in by_age:
             self.versions.add(experience, question_id)
+        self.reuse.update(reuse)
 
     def _leave_bucket(self, question_id: str, bucket: int) -> None:
         self.buckets[bucket].remove(question_id)

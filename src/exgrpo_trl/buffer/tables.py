@@ -11,6 +11,7 @@ import pyarrow as pa
 from ..records import MAX_LOG_PROBABILITY, MIN_LOG_PROBABILITY, UNKNOWN_PROMPT, Experience
 from ..rollout_details import RolloutDetails
 from .detail_columns import DETAIL_SCHEMA, num_bytes, require
+from .reuse_columns import NO_REUSE
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ EXPERIENCE_SCHEMA = pa.schema(
     ]
 )
 # Columns that files of an earlier version lack, with what stands for them.
-LATER_COLUMNS = {"prompt_hash": UNKNOWN_PROMPT, **dict.fromkeys(DETAIL_SCHEMA.names)}
+LATER_COLUMNS = {"prompt_hash": UNKNOWN_PROMPT, **dict.fromkeys(DETAIL_SCHEMA.names), **NO_REUSE}
 QUESTION_SCHEMA = pa.schema([("question_id", pa.string()), ("example", pa.large_string()), ("bucket", pa.int32())])
 
 # Bounds of one batch, so that memory use while saving and loading does not grow with the buffer.

@@ -48,6 +48,7 @@ def summarize(path: Path) -> dict[str, Any]:
     versions = [experience.policy_version for _, _, experience in buffer.items()]
     rollouts = [experience for _, _, experience in buffer.items() if experience.details is not None]
     sizes = {image.digest: len(image.content) for image in _images_of(buffer)}
+    replays = [buffer.reuse(experience).num_replays for _, _, experience in buffer.items()]
     counts = {
         **metadata["counts"],
         "several_turns": sum(experience.num_model_tokens < experience.num_tokens for experience in rollouts),
@@ -60,6 +61,7 @@ def summarize(path: Path) -> dict[str, Any]:
         "counts": counts,
         "buckets": {str(bucket): len(question_ids) for bucket, question_ids in buffer.buckets().items()},
         "policy_versions": {"oldest": min(versions), "newest": max(versions)} if versions else None,
+        "replays": {"mean": sum(replays) / len(replays), "highest": max(replays)} if replays else None,
         **{name: metadata[name] for name in ("settings", "provenance", "replay_state")},
     }
 
@@ -74,6 +76,7 @@ def _images_of(buffer: ExperienceBuffer) -> Iterator[StoredImage]:
 
 def _print(summary: dict[str, Any], console: Console) -> None:
     versions = summary["policy_versions"]
+    replays = summary["replays"]
     counts = dict(summary["counts"])
     of_rollouts = {
         "completions of several turns": f"{counts.pop('several_turns'):,}",
@@ -83,6 +86,9 @@ def _print(summary: dict[str, Any], console: Console) -> None:
         **{name: f"{count:,}" for name, count in counts.items()},
         **{name: text for name, text in of_rollouts.items() if not text.startswith("0")},
         "policy versions": f"{versions['oldest']} to {versions['newest']}" if versions else "none",
+        "replays of a completion": f"{replays['mean']:.2f} on average, at most {replays['highest']:,}"
+        if replays
+        else "none",
         **summary["settings"],
     }
     console.print(Text(f"Experience buffer {summary['path']}", style="bold"), soft_wrap=True)
