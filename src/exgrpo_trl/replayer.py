@@ -425,8 +425,8 @@ class Replayer:
         if replay.row in batch.scores:
             scores, version = batch.scores[replay.row]
             # A policy that rules a token out gives infinite scores.
-            known = [value if np.isfinite(value) else np.nan for value in scores[:2]]
-            reuse = Reuse(reuse.num_replays, *known, scored_at=version)
+            entropy, likelihood = (value if np.isfinite(value) else np.nan for value in scores[:2])
+            reuse = Reuse(reuse.num_replays, entropy, likelihood, version)
         self.buffer.note_reuse(replay.question.question_id, replay.experience, reuse)
         return reuse
 
