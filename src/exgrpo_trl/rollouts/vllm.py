@@ -144,6 +144,8 @@ class _FreshFromServer(_Fresh):
             }
 
         def generate() -> list[Any]:
+            if not rows:
+                return []
             answer = self._engine.generate(prompts=asked, n=num_each, **kwargs | of_prompts)
             return list(zip(*(answer[field] for field in _FIELDS), strict=True))
 
