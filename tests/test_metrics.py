@@ -179,10 +179,12 @@ def test_a_batch_by_hand():
 
 def test_a_line_names_the_sizes_of_the_buffer():
     metrics = ReplayMetrics()
-    metrics.add_collection(evicted_incorrect=2)
+    metrics.add_collection({"incorrect": 2, "drifted": 1, "used_up": 0})
     line = metrics.line({"questions": 3.0, "bucket_2": 1.0, "own": 7.0}, {"temperature": 0.5})
     assert line == {
         "replay/evicted_incorrect": 2,
+        "replay/evicted_drifted": 1,
+        "replay/evicted_used_up": 0,
         "replay/questions": 3,
         "replay/bucket_2": 1,
         "replay/own": 7,

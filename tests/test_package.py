@@ -41,9 +41,9 @@ def test_a_trainer_name_imports_torch() -> None:
 def test_public_names() -> None:
     assert set(exgrpo_trl.__all__) == {
         "Admission", "AdmissionRule", "Candidate", "CompletionSelector", "EvictionRule", "ExGRPOConfig",
-        "ExGRPOTrainer", "Experience", "ExperienceBuffer", "ExperienceBufferError", "ImportanceWeight", "Question",
-        "QuestionSampler", "ReplayWeighting", "RolloutDetails", "StoredImage", "Strategy", "__version__",
-        "question_id_of",
+        "ExGRPOTrainer", "Experience", "ExperienceBuffer", "ExperienceBufferError", "GroupSelector",
+        "ImportanceWeight", "Question", "QuestionSampler", "ReplayWeighting", "Reuse", "RolloutDetails",
+        "StoredImage", "Strategy", "__version__", "question_id_of",
     }  # fmt: skip
     for name in exgrpo_trl.__all__:
         assert getattr(exgrpo_trl, name) is not None
@@ -65,9 +65,9 @@ def test_py_typed_is_shipped() -> None:
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
     "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer", "cli",
-    "plan", "fresh", "batch", "processes", "scoring", "rollouts", "prompts", "rewards", "success", "metrics", "config",
-    "coverage", "questions", "dataset", "checkpoints", "selection", "notices", "compatibility", "replayer",
-    "generation", "trainer",
+    "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
+    "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices",
+    "compatibility", "replayer", "generation", "trainer",
 ]  # fmt: skip
 
 

@@ -42,19 +42,31 @@ METHODS: dict[str, dict[str, Any]] = {
     "balanced": {"replay_weighting": "balanced"},
     "none": {"replay_weighting": "none"},
     "clipped": {"replay_weighting": "clipped"},
-    # Nothing fits into floor(0.01 * 32) = 0 questions, but solved questions are retired all the same.
-    "grpo-retirement": {"replay_fraction": 0.01},
+    # Not a question in all of the run, but solved questions are retired all the same.
+    "grpo-retirement": {"replay_fraction": 1e-6},
     "questions-only": {},
     "balanced-random-completion": {"replay_weighting": "balanced", "completion_selection": "random"},
     "balanced-uniform-questions": {"replay_weighting": "balanced", "question_sampling": "random"},
     "balanced-rho-0.25": {"replay_weighting": "balanced", "replay_fraction": 0.25},
     "balanced-rho-0.75": {"replay_weighting": "balanced", "replay_fraction": 0.75},
+    "last-known": {"replay_weighting": "balanced", "candidate_scores": "last_known"},
+    "stored-2": {"replay_weighting": "balanced", "candidate_scores": "last_known", "stored_per_group": 2},
+    "stored-4": {"replay_weighting": "balanced", "candidate_scores": "last_known", "stored_per_group": 4},
+    "groups": {"replay_weighting": "balanced", "replay_unit": "group"},
+    "filled": {"replay_weighting": "balanced", "replay_fraction": 0.0, "fill_failed_groups": True},
+    "replayed-and-filled": {
+        "replay_weighting": "balanced",
+        "candidate_scores": "last_known",
+        "fill_failed_groups": True,
+    },
 }
+SAVING = ("last-known", "stored-2", "stored-4", "groups", "filled", "replayed-and-filled")
 # What is kept of TRL's log lines.
 LOGGED = (
     "entropy", "reward", "frac_reward_zero_std", "completions/mean_length", "fresh/pass_rate",
     "fresh/frac_groups_without_signal", "replay/fraction", "replay/completions", "replay/questions", "replay/retired",
     "replay/tokens_saved", "replay/candidates_scored", "replay/effective_sample_size", "replay/staleness_mean",
+    "replay/groups_filled", "replay/last_known_agreement",
 )  # fmt: skip
 STEPS, EVERY = 300, 25
 EQUAL_TIME_STEPS = 450  # GRPO on bimodal: more than replay has time for

@@ -13,6 +13,7 @@ from benchmarks.learning.run import (
     EQUAL_TIME_STEPS,
     EXTENDED_STEPS,
     METHODS,
+    SAVING,
     SETTINGS,
     SHORT_STEPS,
     Run,
@@ -74,7 +75,7 @@ def ablated_runs(made: Made) -> list[Run]:
     # For a comparison at equal wall-clock: read where it has taken as long as the others.
     learning_rate = best_learning_rate("bimodal", "grpo", made)
     longer = [Run("bimodal", "grpo", learning_rate, seed, steps=EQUAL_TIME_STEPS) for seed in range(3)]
-    others = [method for method in METHODS if method not in COMPARED]
+    others = [method for method in METHODS if method not in (*COMPARED, *SAVING)]
     tuned_as = {method: "grpo" if method.startswith("grpo") else "balanced" for method in others}
     return longer + [
         Run("bimodal", method, best_learning_rate("bimodal", tuned_as[method], made), seed)
@@ -99,6 +100,16 @@ def extended_runs(made: Made) -> list[Run]:
     ]
 
 
+def saving_runs(made: Made) -> list[Run]:
+    """Ways to save, at the learning rate of the balanced weighting; seed by seed."""
+    return [
+        Run(setting, method, best_learning_rate(TUNED_ON[setting], "balanced", made), seed)
+        for seed in range(5)
+        for setting in ("bimodal", "even-0.9")
+        for method in SAVING
+    ]
+
+
 def short_runs(made: Made) -> list[Run]:
     """One seed of each compared method on bimodal, not half as long."""
     return [
@@ -118,6 +129,7 @@ STAGES: dict[str, Callable[[Made], list[Run]]] = {
     "ablate": ablated_runs,
     "check": checked_runs,
     "extend": extended_runs,
+    "save": saving_runs,
     "short": short_runs,
 }
 

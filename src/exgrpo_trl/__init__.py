@@ -8,13 +8,14 @@ if TYPE_CHECKING:
     from .config import ExGRPOConfig
     from .examples import question_id_of
     from .images import StoredImage
-    from .records import Candidate, Experience, ExperienceBufferError, Question
+    from .records import Candidate, Experience, ExperienceBufferError, Question, Reuse
     from .rollout_details import RolloutDetails
     from .strategies import (
         Admission,
         AdmissionRule,
         CompletionSelector,
         EvictionRule,
+        GroupSelector,
         ImportanceWeight,
         QuestionSampler,
         ReplayWeighting,
@@ -36,10 +37,12 @@ _MODULE_OF = {
     "Experience": "records",
     "ExperienceBuffer": "buffer",
     "ExperienceBufferError": "records",
+    "GroupSelector": "strategies",
     "ImportanceWeight": "strategies",
     "Question": "records",
     "QuestionSampler": "strategies",
     "ReplayWeighting": "strategies",
+    "Reuse": "records",
     "RolloutDetails": "rollout_details",
     "StoredImage": "images",
     "Strategy": "strategies",
@@ -57,10 +60,12 @@ __all__ = [
     "Experience",
     "ExperienceBuffer",
     "ExperienceBufferError",
+    "GroupSelector",
     "ImportanceWeight",
     "Question",
     "QuestionSampler",
     "ReplayWeighting",
+    "Reuse",
     "RolloutDetails",
     "StoredImage",
     "Strategy",

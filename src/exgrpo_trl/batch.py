@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +17,15 @@ from .examples import image_digests, packed, placed_row, question_of_row, shown_
 from .fresh import FreshRollouts
 from .images import opened
 from .plan import Plan
-from .records import Experience, Question, Replay, prompt_hash
+from .records import Experience, Question, Replay, Scores, prompt_hash
 from .rollout_details import RolloutDetails
+from .rows import checksum, lacks_images, loss_mask
+from .scoring import mean_scores
 from .strategies.admission import Admission
 from .values import copied
+
+# Log-probabilities and entropies of tokens, shape (B, T).
+Forwarded = tuple[torch.Tensor, torch.Tensor]
 
 # What travels with the rows of a batch to their loss, and not to TRL's.
 IDENTITY = "rollout_rows"
@@ -28,12 +34,13 @@ COLUMNS = ("behavior_per_token_logps", "is_replayed", IDENTITY)
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one process knows of a batch that the buffer needs: questions by group, completions by row."""
+    """What one process knows of a batch that the buffer needs: questions by group, completions and scores by row."""
 
     questions: dict[int, Question]
     experiences: dict[int, Experience]
     generated: tuple[str, ...] = ()  # ids of all fresh groups
     images: dict[int, tuple[str, ...]] = field(default_factory=dict)  # hashes by row, where rows of a group may differ
+    scores: dict[int, tuple[Scores, int]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -62,6 +69,8 @@ class Batch:
             Optimizer steps of this run before it.
         may_differ (`bool`, *optional*, defaults to `False`):
             Whether the rows of a group may differ in their images, as with a random transform.
+        stores_groups (`bool`, *optional*, defaults to `False`):
+            Whether whole groups are stored, failures included, instead of single successes.
 
     Attributes:
         questions (`dict[int, Question]`):
@@ -82,6 +91,9 @@ class Batch:
             What may enter the buffer.
         experiences (`dict[int, Experience]`):
             Recorded completions by row; once collected, on the main process, those of all processes.
+        scores (`dict[int, tuple[Scores, int]]`):
+            Scores of stored completions by row, from the first forward that trained them, with the policy version of
+            that forward; once collected, on the main process, those of all processes.
         is_generating (`bool`):
             Whether the batch is being generated and scored right now.
         is_admitted (`bool`):
@@ -109,6 +121,7 @@ class Batch:
     number: int = 0
     global_step: int = 0
     may_differ: bool = False
+    stores_groups: bool = False
     questions: dict[int, Question] = field(default_factory=dict)
     token_ids: list[list[int]] = field(default_factory=list)
     without_logps: set[int] = field(default_factory=set)
@@ -117,6 +130,7 @@ class Batch:
     is_correct: np.ndarray = field(init=False)
     admission: Admission = field(init=False)
     experiences: dict[int, Experience] = field(default_factory=dict)
+    scores: dict[int, tuple[Scores, int]] = field(default_factory=dict)
     is_generating: bool = False
     is_admitted: bool = False
     is_trained: bool = False
@@ -168,13 +182,22 @@ class Batch:
 
     @property
     def fresh_pass_rate(self) -> float:
-        """Share of the generated rollouts that are successes."""
-        return float(self.is_correct[self.is_fresh].mean())
+        """Share of the generated rollouts that are successes; NaN where none was generated."""
+        return float(self.is_correct[self.is_fresh].mean()) if self.is_fresh.any() else math.nan
 
     @property
     def shows_own_prompts(self) -> bool:
         """Whether prompts may differ within a group: an environment shows them, or a rollout function makes them."""
         return self.fresh.prompts is not None or self.fresh.prompt_ids is not None
+
+    def replayed_items(self) -> list[list[Replay]]:
+        """What was replayed as it is stored: single completions, or the completions of whole groups together."""
+        if not self.stores_groups:
+            return [[replay] for replay in self.replays]
+        groups: dict[int, list[Replay]] = {}
+        for replay in self.replays:
+            groups.setdefault(self.group_of(replay), []).append(replay)
+        return list(groups.values())
 
     def group_of(self, replay: Replay) -> int:
         """Group of a replay."""
@@ -269,6 +292,10 @@ class Batch:
         self.admission, self.is_admitted = admission, True
         is_storable = (admission.is_worth_storing & np.isfinite(self.rewards)).flat
         has_loss = loss_mask(output).any(-1).tolist()
+        if self.stores_groups:
+            is_storable = np.repeat(self.is_group_storable, self.group_size)
+            if "tool_mask" not in output:  # a truncated failure is one, whether it is trained or not
+                has_loss = [True] * self.num_rows
         if "tool_mask" in output:
             self.fresh.masks = output["tool_mask"].bool().cpu().numpy()
         self._prompts = output["prompt_ids"], output["prompt_mask"]
@@ -279,6 +306,13 @@ class Batch:
             if not lacks_images(output)
             if position not in self.stored and position not in self.without_logps
         )
+
+    @property
+    def is_group_storable(self) -> np.ndarray:
+        """Which groups are stored whole: fresh ones, of which a part is worth storing; shape `(num_groups,)`."""
+        is_worth = self.admission.is_worth_storing
+        has_both = is_worth.any(axis=1) & ~is_worth.all(axis=1)
+        return np.asarray(has_both & self.is_fresh.all(axis=1) & np.isfinite(self.rewards).all(axis=1))
 
     def check_tokens(self, output: Mapping[str, torch.Tensor]) -> None:
         """
@@ -415,6 +449,32 @@ class Batch:
                 details=details,
             )
 
+    def score_replayed(
+        self, positions: Mapping[int, int], inputs: Mapping[str, torch.Tensor], forward: Forwarded, version: int
+    ) -> None:
+        """
+        Keep what a forward that trains stored completions says of them, once for each row.
+
+        Args:
+            positions (`Mapping[int, int]`):
+                Positions in the micro-batch by row of the batch.
+            inputs (`Mapping[str, torch.Tensor]`):
+                Inputs of the loss: masks and `behavior_per_token_logps`, shape `(B, T)`.
+            forward (`tuple[torch.Tensor, torch.Tensor]`):
+                Log-probabilities and entropies in nats, shape `(B, T)`.
+            version (`int`):
+                Version of the policy of the forward.
+        """
+        wanted = {row: at for row, at in positions.items() if row in self.stored_rows and row not in self.scores}
+        if not wanted or self.is_collected:
+            return
+        at = list(wanted.values())
+        logps, entropies = (values.detach()[at] for values in forward)
+        scores = mean_scores(logps, entropies, inputs["behavior_per_token_logps"][at], loss_mask(inputs)[at].bool())
+        for row, of_row in zip(wanted, scores, strict=True):
+            if not math.isnan(of_row.entropy):  # NaN where nothing of the row is trained
+                self.scores[row] = of_row, version
+
     def _details(self, position: int) -> RolloutDetails | None:
         row = self.first_row + position
         question = self.replayed_questions.get(row // self.group_size) or self.questions.get(row // self.group_size)
@@ -443,7 +503,8 @@ class Batch:
     @cached_property
     def concerns_buffer(self) -> np.ndarray:
         """Which groups change the buffer, shape `(num_groups,)`; before replay has started, those that are solved."""
-        return self.admission.concerns_buffer if self.plan.is_started else self.admission.is_solved
+        concerns = self.admission.concerns_buffer if self.plan.is_started else self.admission.is_solved
+        return np.asarray(concerns & self.is_fresh.any(axis=1))  # replayed as a whole, a group tells nothing new
 
     def share(self, pack: Callable[[Question], Question] = packed) -> Share:
         """What this process knows that the buffer needs, its images encoded by `pack`."""
@@ -452,7 +513,7 @@ class Batch:
             group: pack(question) for group, question in self.questions.items() if self.concerns_buffer[group]
         }
         ids = tuple(question.question_id for question in self.questions.values())
-        return Share(questions, self.experiences, ids, self._images)
+        return Share(questions, self.experiences, ids, self._images, self.scores)
 
     def unite(self, shares: Sequence[Share]) -> None:
         """Bring together what all processes know; on the main process."""
@@ -463,6 +524,7 @@ class Batch:
         for share in shares:
             self.questions.update(share.questions)
             self.experiences.update(share.experiences)
+            self.scores.update(share.scores)
             self._images.update(share.images)
 
     def groups(self) -> Iterator[tuple[int, Question, list[Experience]]]:
@@ -472,47 +534,6 @@ class Batch:
             if self._images:  # a completion of another image than the question's answers another question
                 shown = tuple(image_digests(question.example))
                 rows = [row for row in rows if self._images.get(row, shown) == shown]
-            yield group, question, [self.experiences[row] for row in rows if row in self.experiences]
-
-
-def lacks_images(output: Mapping[str, Any]) -> bool:
-    """Whether TRL has dropped all images of a batch, because those of a row do not match its image tokens."""
-    return "num_images" in output and output["num_images"] is None
-
-
-def loss_mask(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """
-    Which tokens are trained: those of the completion that the model wrote, not what tools or an environment said.
-
-    Args:
-        rows (`Mapping[str, torch.Tensor]`):
-            Rows as TRL made them: `completion_mask` and, where others wrote tokens, `tool_mask`, shape `(B, T)`.
-
-    Returns:
-        `torch.Tensor`:
-            Ones and zeros of shape `(B, T)`.
-    """
-    mask = rows["completion_mask"]
-    return mask * rows["tool_mask"] if "tool_mask" in rows else mask
-
-
-def checksum(completion_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """
-    Numbers that differ where tokens differ, whatever the padding.
-
-    Args:
-        completion_ids (`torch.Tensor`):
-            Completion ids with padding, shape `(B, T)`.
-        lengths (`torch.Tensor`):
-            Number of tokens of each row, shape `(B,)`.
-
-    Returns:
-        `torch.Tensor`:
-            Integers of shape `(B,)`; -1 where there are fewer columns than tokens.
-    """
-    positions = torch.arange(completion_ids.size(1), device=completion_ids.device)
-    # Powers of an odd number modulo 2^64.
-    weights = torch.full_like(positions, 6364136223846793005).cumprod(0)
-    is_own = positions < lengths.unsqueeze(1)
-    sums = torch.where(is_own, (completion_ids + 1) * weights, 0).sum(1)
-    return torch.where(lengths <= completion_ids.size(1), sums, -1)
+            experiences = [self.experiences[row] for row in rows if row in self.experiences]
+            is_complete = not self.stores_groups or len(experiences) == self.group_size
+            yield group, question, experiences if is_complete else []

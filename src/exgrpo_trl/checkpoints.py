@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,14 @@ _SETTINGS = {
     "max_completions_per_question": "max_completions_per_question",
     "retire_solved": "retire_solved",
 }
+# Parts of a buffer that a user's own may lack, and the configurations that make use of them.
+_NEEDED_FOR: dict[str, Callable[[ExGRPOConfig], bool]] = {
+    "reuse": lambda args: args.candidate_scores == "last_known" or args.max_replays is not None,
+    "note_reuse": lambda args: args.max_replays is not None,
+    "groups": lambda args: args.replays_groups,
+    "unit": lambda args: args.replays_groups,
+}
+_UNITS = {"completion": "single completions", "group": "whole groups"}
 
 
 def begin_checkpoint(folder: str | Path) -> None:
@@ -107,7 +115,8 @@ def resolve_buffer(buffer: ReplayBuffer | Location | None, args: ExGRPOConfig) -
 
 
 def _check_kind(buffer: Any, args: ExGRPOConfig) -> None:
-    members = [name for name in vars(ReplayBuffer) if not name.startswith("_")]
+    spared = _NEEDED_FOR.keys() - {name for name, needs in _NEEDED_FOR.items() if needs(args)}
+    members = [name for name in vars(ReplayBuffer) if not name.startswith("_") and name not in spared]
     missing = [name for name in members if not hasattr(buffer, name)]
     if missing or isinstance(buffer, type):
         what = "a class" if isinstance(buffer, type) else f"no buffer: it lacks {', '.join(missing)}"
@@ -122,6 +131,12 @@ def check_settings(
     buffer: ReplayBuffer, args: ExGRPOConfig, source: str, settings: Iterable[str] = tuple(_SETTINGS)
 ) -> None:
     """Check that buffer and configuration agree, in these attributes of the buffer."""
+    unit = getattr(buffer, "unit", "completion")
+    if unit != args.replay_unit:
+        raise ValueError(
+            f"The experience buffer {source} holds {_UNITS[unit]}, but replay_unit={args.replay_unit!r} replays "
+            f"{_UNITS[args.replay_unit]}. Set replay_unit={unit!r}, or start with an empty buffer."
+        )
     for attribute in settings:
         field = _SETTINGS[attribute]
         mine, wanted = getattr(buffer, attribute, None), getattr(args, field)

@@ -161,13 +161,6 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
             f"loss_type='luspo' weighs whole sequences, but importance_sampling_level="
             f"{args.importance_sampling_level!r}. Set importance_sampling_level='sequence'."
         )
-    if args.num_groups_to_replay == 0:
-        # Not an error: TRL's defaults make batches of one question.
-        logger.warning(
-            f"replay_fraction={args.replay_fraction} of the {args.num_groups} question(s) of a generation batch is "
-            f"less than one question: nothing will be replayed. {_larger_batch(args)} replays one "
-            f"(generation_batch_size={args.generation_batch_size}, num_generations={args.num_generations})."
-        )
 
 
 def _check_agents(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
@@ -219,17 +212,3 @@ def check_wrapped(model: Any, accelerator: Accelerator) -> None:
             "transformers does not prepare the model for training any more. Set eval_on_start=True to evaluate at the "
             "start of the training instead of before it."
         )
-
-
-def _larger_batch(args: ExGRPOConfig) -> str:
-    """Settings of the smallest generation batch that replays a question, the others as they are."""
-    rows = args.generation_batch_size // args.steps_per_generation
-    steps = args.steps_per_generation + 1
-    while (
-        steps * rows % args.num_generations or args.replay_fraction * (steps * rows // args.num_generations) < 1 - 1e-9
-    ):
-        steps += 1
-    name = "gradient_accumulation_steps"
-    if args.steps_per_generation != args.gradient_accumulation_steps:
-        name = "steps_per_generation"
-    return f"{name}={steps} ({steps * rows // args.num_generations} questions)"

@@ -11,12 +11,15 @@ from .strategies import (
     ADMISSION_RULES,
     COMPLETION_SELECTORS,
     EVICTION_RULES,
+    GROUP_SELECTORS,
     QUESTION_SAMPLERS,
     REPLAY_WEIGHTINGS,
     Strategies,
 )
 
 REPLAY_REWARDS = ("stored", "recomputed")
+CANDIDATE_SCORES = ("current", "last_known")
+REPLAY_UNITS = ("completion", "group")
 
 
 @dataclass
@@ -36,8 +39,9 @@ class ExGRPOConfig(GRPOConfig):
         > Parameters that control what is replayed
 
         replay_fraction (`float`, *optional*, defaults to `0.5`):
-            Share of the questions of a generation batch that are replayed, rho in the paper, in [0, 1). `0` turns
-            replay off: training is then exactly GRPO.
+            Share of the questions of generation batches that are replayed, rho in the paper, in [0, 1). What is left
+            of a question is carried over: with one question in a batch and `0.5`, every second batch is replayed. `0`
+            turns replay off: training is then exactly GRPO, unless `fill_failed_groups`.
         replay_start_pass_rate (`float` or `None`, *optional*, defaults to `0.35`):
             Replay and collection begin with the batch after the first whose share of correct fresh completions
             exceeded this value (the delayed start of the paper), in [0, 1). `None` begins at once.
@@ -56,6 +60,44 @@ class ExGRPOConfig(GRPOConfig):
             or `"most_recent"`.
         completion_selection_kwargs (`dict` or `str`, *optional*):
             Parameters of the completion selector, a dict or its JSON.
+        candidate_scores (`str`, *optional*, defaults to `"current"`):
+            Which entropy and likelihood a completion selector sees: `"current"` (a forward of the current policy over
+            the candidates, the paper) or `"last_known"` (those of the last forward that trained the completion, else
+            those at its generation: no forward of its own).
+        stored_per_group (`int`, *optional*, defaults to `1`):
+            Most stored completions in the group of a replayed question, at least 1: fewer where fewer are stored, and
+            `num_generations - 1` at most. None of them is generated. A question retires only by a group in which at
+            least `num_generations - 1` completions are fresh.
+        replay_unit (`str`, *optional*, defaults to `"completion"`):
+            What is stored and replayed: `"completion"` (single successes, the paper) or `"group"` (whole groups of
+            questions that were solved sometimes, failures included; nothing is generated for a replayed question).
+        group_selection (`str`, *optional*, defaults to `"most_recent"`):
+            Which stored group of a drawn question is replayed, with `replay_unit="group"`: `"most_recent"`,
+            `"largest_spread"` (of rewards) or `"random"`.
+        group_selection_kwargs (`dict` or `str`, *optional*):
+            Parameters of the group selector, a dict or its JSON.
+        replay_whole_batches (`bool`, *optional*, defaults to `False`):
+            Whether a generation batch may consist of replayed groups alone, with `replay_unit="group"`. By default at
+            least one question of every process is fresh.
+        fill_failed_groups (`bool`, *optional*, defaults to `False`):
+            Whether a stored success takes the place of one failure, drawn at random, where every fresh completion of a
+            question failed (AR3PO, 2509.25808). It saves nothing, and gives a signal where there was none. Works with
+            `replay_fraction=0`, too.
+
+        > Parameters that bound replay
+
+        max_replays (`int` or `None`, *optional*, defaults to `None`):
+            Replays after which a stored completion, or group, is evicted, at least 1. `None` sets no limit.
+        replay_cooldown (`int`, *optional*, defaults to `0`):
+            Optimizer steps that a replayed question sits out before it may be drawn again.
+        max_drift (`float` or `None`, *optional*, defaults to `None`):
+            Mean absolute log importance ratio per token, in nats, above which a stored completion is evicted instead
+            of replayed, above 0. Measured where candidates are scored, else by the first forward that trains the
+            completion. `None` sets no limit.
+        min_effective_sample_size (`float` or `None`, *optional*, defaults to `None`):
+            Effective sample size, as a share of the replayed tokens, below which the next batches replay half as many
+            questions, down to one; while it is reached, twice as many, up to `replay_fraction`. In (0, 1]. `None`
+            leaves their number alone.
 
         > Parameters that control what counts as a success
 
@@ -121,6 +163,7 @@ class ExGRPOConfig(GRPOConfig):
         *GRPOConfig._VALID_DICT_FIELDS,
         "question_sampling_kwargs",
         "completion_selection_kwargs",
+        "group_selection_kwargs",
         "difficulty_kwargs",
         "eviction_kwargs",
         "replay_weighting_kwargs",
@@ -129,7 +172,8 @@ class ExGRPOConfig(GRPOConfig):
     replay_fraction: float = field(
         default=0.5,
         metadata={
-            "help": "Share of the questions of a generation batch that are replayed, in [0, 1). 0 turns replay off."
+            "help": "Share of the questions of generation batches that are replayed, in [0, 1). 0 turns replay off, "
+            "unless fill_failed_groups."
         },
     )
     replay_start_pass_rate: float | None = field(
@@ -163,6 +207,68 @@ class ExGRPOConfig(GRPOConfig):
     completion_selection_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Parameters of the completion selector, a dict or its JSON."},
+    )
+    candidate_scores: str = field(
+        default="current",
+        metadata={
+            "help": "Which entropy and likelihood a completion selector sees: those of a forward of the current "
+            "policy, or those of the last training forward.",
+            "choices": list(CANDIDATE_SCORES),
+        },
+    )
+    stored_per_group: int = field(
+        default=1,
+        metadata={"help": "Most stored completions in the group of a replayed question; num_generations - 1 at most."},
+    )
+    replay_unit: str = field(
+        default="completion",
+        metadata={
+            "help": "What is stored and replayed: single successes, or whole groups, failures included.",
+            "choices": list(REPLAY_UNITS),
+        },
+    )
+    group_selection: str = field(
+        default="most_recent",
+        metadata={
+            "help": "Which stored group of a drawn question is replayed.",
+            "choices": list(GROUP_SELECTORS),
+        },
+    )
+    group_selection_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Parameters of the group selector, a dict or its JSON."},
+    )
+    replay_whole_batches: bool = field(
+        default=False,
+        metadata={"help": "Whether a generation batch may consist of replayed groups alone."},
+    )
+    fill_failed_groups: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a stored success takes the place of one failure where every fresh completion failed."
+        },
+    )
+    max_replays: int | None = field(
+        default=None,
+        metadata={"help": "Replays after which a stored completion is evicted. None sets no limit."},
+    )
+    replay_cooldown: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps that a replayed question sits out before it may be drawn again."},
+    )
+    max_drift: float | None = field(
+        default=None,
+        metadata={
+            "help": "Mean absolute log importance ratio per token, in nats, above which a stored completion is "
+            "evicted instead of replayed. None sets no limit."
+        },
+    )
+    min_effective_sample_size: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the replayed tokens, as effective sample size, below which the next batches replay "
+            "half as many questions. None leaves their number alone."
+        },
     )
     success_threshold: float = field(
         default=1.0,
@@ -247,6 +353,11 @@ class ExGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.replay_fraction == 1:
+            raise ValueError(
+                "replay_fraction=1 leaves no fresh question in a batch, so that nothing new is ever learned or "
+                "stored. It must be a number in [0, 1)."
+            )
         _check_range("replay_fraction", self.replay_fraction, 0, 1, high_excluded=True)
         if self.replay_start_pass_rate is not None:
             _check_range("replay_start_pass_rate", self.replay_start_pass_rate, 0, 1, high_excluded=True)
@@ -259,6 +370,7 @@ class ExGRPOConfig(GRPOConfig):
         for name in ("buffer_capacity", "max_completions_per_question"):
             _check_count(name, getattr(self, name), minimum=1)
         _check_count("max_staleness", self.max_staleness, minimum=0)
+        self._check_reuse()
         if isinstance(self.num_generations, int) and self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations} leaves no group to compare a completion with. "
@@ -270,6 +382,41 @@ class ExGRPOConfig(GRPOConfig):
             )
         super().__post_init__()
         Strategies.choose(self)  # names and parameters are checked where they are used
+        if self.replays_groups:
+            self._check_groups()
+
+    def _check_reuse(self) -> None:
+        for name, choices in (("candidate_scores", CANDIDATE_SCORES), ("replay_unit", REPLAY_UNITS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose {' or '.join(choices)}.")
+        for name, minimum in (("stored_per_group", 1), ("replay_cooldown", 0)):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}=None is out of range. It must be an integer of at least {minimum}.")
+            _check_count(name, getattr(self, name), minimum=minimum)
+        _check_count("max_replays", self.max_replays, minimum=1)
+        if self.max_drift is not None:
+            _check_range("max_drift", self.max_drift, 0, math.inf, low_excluded=True, high_excluded=True)
+        if self.min_effective_sample_size is not None:
+            _check_range("min_effective_sample_size", self.min_effective_sample_size, 0, 1, low_excluded=True)
+
+    def _check_groups(self) -> None:
+        if self.stored_per_group != 1:
+            raise ValueError(
+                f"replay_unit='group' brings back whole groups, so stored_per_group={self.stored_per_group} has no "
+                "meaning. Leave it out, or set replay_unit='completion'."
+            )
+        if self.fill_failed_groups:
+            raise ValueError(
+                "replay_unit='group' stores failures, too, and does not tell them from successes, of which "
+                "fill_failed_groups=True needs one. Set replay_unit='completion', or fill_failed_groups=False."
+            )
+        if self.replay_fraction and not self.num_groups_to_replay:
+            per_process = self.num_groups / self.world_size
+            raise ValueError(
+                f"replay_unit='group' with {per_process:g} question(s) for each process leaves no fresh question "
+                "beside a replayed one. Use larger batches (at least two questions for each process), or set "
+                "replay_whole_batches=True to let whole batches be replayed."
+            )
 
     @property
     def num_groups(self) -> int:
@@ -277,10 +424,25 @@ class ExGRPOConfig(GRPOConfig):
         return self.generation_batch_size // self.num_generations
 
     @property
+    def replays_groups(self) -> bool:
+        """Whether whole groups are stored and replayed."""
+        return self.replay_unit == "group"
+
+    @property
     def num_groups_to_replay(self) -> int:
-        """Most questions of a generation batch that are replayed, `floor(rho * G)`."""
-        # The small addition keeps products such as 0.29 * 100 from falling below their integer.
-        return int(self.replay_fraction * self.num_groups + 1e-9)
+        """Most questions of a generation batch that are replayed: `rho * G`, rounded up."""
+        # The small subtraction keeps products such as 0.07 * 100 from rising above their integer.
+        most = math.ceil(self.replay_fraction * self.num_groups - 1e-9)
+        if not self.replays_groups or self.replay_whole_batches:
+            return most
+        # Of a question that several processes share, there is one in the whole batch.
+        num_alike = self.world_size if self.num_groups % self.world_size == 0 else 1
+        return min(most, self.num_groups - num_alike)
+
+    @property
+    def trains_stored(self) -> bool:
+        """Whether stored completions are trained at all; otherwise this is plain GRPO."""
+        return self.replay_fraction > 0 or self.fill_failed_groups
 
 
 def _check_range(

@@ -11,10 +11,11 @@ from accelerate.utils import gather, send_to_device
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .batch import Batch, lacks_images, loss_mask
+from .batch import Batch
 from .compatibility import GENERATING, naming_overrides, overridden, wrapped, wrapped_value
 from .processes import Processes
 from .prompts import images_of
+from .records import Scores
 from .replayer import Replayer
 from .rewards import keeping_stored
 from .rollouts import Rollouts
@@ -22,7 +23,8 @@ from .rollouts.environments import stand_ins, without_images
 from .rollouts.functions import call_rollout_function
 from .rollouts.multi_turn import EvenTurns, put_stored_rollouts, snapshot
 from .rollouts.vllm import correct_fresh_only
-from .scoring import Prompted, Scores, evaluating, reshard, score_completions
+from .rows import lacks_images, loss_mask
+from .scoring import Prompted, evaluating, reshard, score_completions
 
 logger = logging.get_logger(__name__)
 

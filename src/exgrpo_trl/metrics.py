@@ -1,7 +1,7 @@
 """What is logged, by its real name: every name of a metric stands here, and nowhere else."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -59,6 +59,50 @@ class _Average:
         return float(np.max(self._values, initial=self._max))
 
 
+class RatioSums:
+    """
+    Sums of importance ratios and of their squares: they neither overflow nor vanish, and merge exactly alike.
+
+    Kept relative to the largest ratio.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.largest = np.float64(-1e9)  # finite, so that a ratio of 0 is one
+        self.first = self.second = np.float64(0)
+
+    def add(self, log_ratios: np.ndarray) -> None:
+        """Add log ratios of shape `(N,)`."""
+        exact = log_ratios.astype(np.float64)
+        other = RatioSums()
+        other.count, other.largest = len(exact), exact.max(initial=other.largest)
+        scaled = np.exp(exact - other.largest)
+        other.first, other.second = scaled.sum(), (scaled**2).sum()
+        self.merge(other)
+
+    def merge(self, other: "RatioSums") -> None:
+        """Add what another process has."""
+        largest = np.maximum(self.largest, other.largest)
+        mine, others = np.exp(self.largest - largest), np.exp(other.largest - largest)
+        self.count += other.count
+        self.first = self.first * mine + other.first * others
+        self.second = self.second * mine**2 + other.second * others**2
+        self.largest = largest
+
+    @property
+    def effective_sample_size(self) -> float | None:
+        """As a share of the ratios, `None` without any."""
+        return float(self.first**2 / (self.count * self.second)) if self.count else None
+
+
+def merged(of_processes: Iterable[RatioSums]) -> RatioSums:
+    """What all processes have, in their order."""
+    together = RatioSums()
+    for sums in of_processes:
+        together.merge(sums)
+    return together
+
+
 class LogRatios:
     """
     Log importance ratios of replayed tokens, nats, in constant space.
@@ -69,7 +113,7 @@ class LogRatios:
 
     def __init__(self) -> None:
         self.count = 0
-        self._raw, self._clipped = _Sums(np.zeros(0)), _Sums(np.zeros(0))
+        self._raw, self._clipped = RatioSums(), RatioSums()
         self._sample = np.zeros(0, dtype=np.float32)
         # Multiples of the golden ratio are spread evenly, whatever period the values have. Only the lowest stay.
         self._ranks = np.zeros(0, dtype=np.uint32)
@@ -80,9 +124,8 @@ class LogRatios:
         values = log_ratios.astype(np.float32)
         numbers = np.arange(self.count, self.count + len(values), dtype=np.uint64)
         self.count += len(values)
-        exact = values.astype(np.float64)
-        self._raw.merge(_Sums(exact))
-        self._clipped.merge(_Sums(np.clip(exact, *_LOG_RATIO_RANGE)))
+        self._raw.add(values)
+        self._clipped.add(np.clip(values.astype(np.float64), *_LOG_RATIO_RANGE))
         self._keep(values, (numbers * _GOLDEN_RATIO >> np.uint64(32)).astype(np.uint32))
 
     def merge(self, other: "LogRatios") -> None:
@@ -116,23 +159,6 @@ class LogRatios:
             "replay/importance_ratio_max": float(largest),
             "replay/effective_sample_size": float(self._raw.first**2 / (self.count * self._raw.second)),
         }
-
-
-class _Sums:
-    """Sums of ratios and of their squares, relative to the largest ratio: they neither overflow nor vanish."""
-
-    def __init__(self, log_ratios: np.ndarray) -> None:
-        self.largest = log_ratios.max(initial=-1e9)  # finite, so that a ratio of 0 is one
-        scaled = np.exp(log_ratios - self.largest)
-        self.first, self.second = scaled.sum(), (scaled**2).sum()
-
-    def merge(self, other: "_Sums") -> None:
-        """Add other sums."""
-        largest = np.maximum(self.largest, other.largest)
-        mine, others = np.exp(self.largest - largest), np.exp(other.largest - largest)
-        self.first = self.first * mine + other.first * others
-        self.second = self.second * mine**2 + other.second * others**2
-        self.largest = largest
 
 
 class ReplayMetrics:
@@ -176,29 +202,34 @@ class ReplayMetrics:
                 "fresh/pass_rate": batch.fresh_pass_rate,
                 "fresh/reward": _nanmean(fresh),
                 "fresh/reward_std": _nanmean(np.nanstd(fresh[~np.isnan(fresh).all(axis=1)], axis=1)),
-                "fresh/frac_groups_without_signal": float(np.mean(_has_no_signal(fresh))),
+                "fresh/frac_groups_without_signal": _mean(_has_no_signal(fresh[is_fresh.any(axis=1)])),
                 "replay/active": float(batch.plan.is_started),
-                "replay/fraction": len(replays) / batch.num_groups,
+                "replay/fraction": len(batch.replayed_questions) / batch.num_groups,
             }
         )
         if not replays:
             return
-        groups = [batch.group_of(replay) for replay in replays]
+        groups = list(batch.replayed_questions)
         staleness = [batch.policy_version - replay.experience.policy_version for replay in replays]
         entropies = [replay.entropy for replay in replays if replay.entropy is not None]
         self.add(
             {
                 "replay/reward": _nanmean(batch.rewards[~is_fresh]),
-                "replay/group_pass_rate": float(batch.is_correct[groups][is_fresh[groups]].mean()),
+                "replay/group_pass_rate": _mean(batch.is_correct[groups][is_fresh[groups]]),
                 "replay/staleness_mean": float(np.mean(staleness)),
                 "replay/staleness_max": max(staleness),
                 "replay/entropy": float(np.mean(entropies)) if entropies else np.nan,
             }
         )
 
-    def add_collection(self, *, evicted_incorrect: int) -> None:
-        """Add how many replayed completions of a batch have left the buffer because they no longer count."""
-        self.add({"replay/evicted_incorrect": evicted_incorrect})
+    def add_agreements(self, agreements: Sequence[bool]) -> None:
+        """Add for each choice by present scores whether the last known ones would have led to the same."""
+        if agreements:
+            self.add({"replay/last_known_agreement": float(np.mean(agreements))})
+
+    def add_collection(self, evicted: Mapping[str, int]) -> None:
+        """Add how many replayed completions of a batch have left the buffer, by reason."""
+        self.add({f"replay/evicted_{reason}": count for reason, count in evicted.items()})
 
     def add_process_seconds(self, seconds: Mapping[str, float]) -> None:
         """Add the time that processes have spent on messages since the last call, from what they spent in all."""
@@ -247,6 +278,10 @@ def importance_ratio_metrics(log_ratios: np.ndarray) -> dict[str, float]:
 def _nanmean(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")
 
 
 def _has_no_signal(fresh: np.ndarray) -> np.ndarray:

@@ -47,12 +47,10 @@ class Notices:
     def start(self, buffer: ReplayBuffer, is_started: bool) -> None:
         """Say what is going to happen, before the first batch of a run."""
         self._begin()
-        most, threshold = self.args.num_groups_to_replay, self.args.replay_start_pass_rate
-        if not most:
-            return  # said at construction
+        threshold = self.args.replay_start_pass_rate
         when = "" if is_started else f", once its pass rate has exceeded replay_start_pass_rate={threshold:g}"
         told = [
-            f"Replay takes up to {most} of the {self.args.num_groups} questions of a generation batch{when}.",
+            f"{self._what}{when}.",
             self.rule.description,
             self.rule.way_out,
         ]
@@ -67,6 +65,18 @@ class Notices:
                 "limit."
             )
         logger.warning(" ".join(told))
+
+    @property
+    def _what(self) -> str:
+        share = self.args.replay_fraction * self.args.num_groups
+        fills = "A stored success takes the place of a failure in groups that fail as a whole"
+        if not share:
+            return fills
+        most = self.args.num_groups_to_replay
+        replays = f"Replay takes up to {most} of the {self.args.num_groups} questions of a generation batch"
+        if share < most:
+            replays += f" ({share:.3g} on average)"
+        return f"{replays}; {fills[0].lower()}{fills[1:]}" if self.args.fill_failed_groups else replays
 
     def observe(self, batch: Batch) -> None:
         """Take note of a batch that is trained."""
@@ -112,7 +122,7 @@ class Notices:
         """Say what has happened, at the end of a run."""
         if self.num_batches_without_success:
             self._warn_no_success()
-        if not self._num_batches or not self.args.num_groups_to_replay:
+        if not self._num_batches:
             return
         holds = (
             f"The experience buffer holds {sum(1 for _ in buffer.items())} completions of {buffer.num_questions} "

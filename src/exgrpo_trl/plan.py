@@ -51,7 +51,7 @@ def _without_images(replay: Replay) -> Replay:
 
 def plan_rows(num_groups: int, group_size: int, num_replayed: int, rng: np.random.Generator) -> list[int]:
     """
-    Rows of a generation batch that stored completions take, each in a group of its own.
+    Rows of a generation batch that stored completions take, each in a group of its own: one of each replayed question.
 
     Evenly spaced from a random start: every group is as likely as any other, so that an unshuffled dataset does not
     lose the same questions on every pass, and however many processes share the batch, each gets its share of stored
@@ -76,12 +76,34 @@ def plan_rows(num_groups: int, group_size: int, num_replayed: int, rng: np.rando
     return [(i * num_rows + start) // num_replayed for i in range(num_replayed)]
 
 
-def spare(rows: Sequence[int], num_groups: int, group_size: int, unseen: Collection[int]) -> list[int]:
-    """Rows for stored completions, in other groups where they would displace a question that was never generated."""
+def rows_of_group(row: int, group_size: int, num_stored: int) -> list[int]:
+    """That row and others of its group, as far apart as can be: the processes that share a group share them, too."""
+    group, slot = divmod(row, group_size)
+    return [group * group_size + (slot + i * group_size // num_stored) % group_size for i in range(num_stored)]
+
+
+def spare(
+    rows: Sequence[int],
+    num_groups: int,
+    group_size: int,
+    unseen: Collection[int],
+    num_together: int | None = None,
+) -> list[int]:
+    """
+    Rows for stored completions, in other groups where they would displace a question that was never generated.
+
+    A row stays among `num_together` groups: the first as many, or the next. By default among all.
+    """
+    num_together = num_together or num_groups
     taken = {row // group_size for row in rows}
     others = [group for group in range(num_groups) if group not in taken and group not in unseen]
     spared = []
     for row in rows:
         group, slot = divmod(row, group_size)
-        spared.append((others.pop(0) if group in unseen and others else group) * group_size + slot)
+        if group in unseen:
+            near = [other for other in others if other // num_together == group // num_together]
+            if near:
+                group = near[0]
+                others.remove(group)
+        spared.append(group * group_size + slot)
     return sorted(spared)

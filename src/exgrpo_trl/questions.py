@@ -14,9 +14,10 @@ from transformers.utils import logging
 from .buffer import ReplayBuffer
 from .examples import canonical_rest, dataset_question_ids, image_digests, row_question_id, with_prompt
 from .images import stored
+from .pools import PoolWithout
 from .prompts import Shown, has_images
 from .records import UNKNOWN_PROMPT, Experience, Question, prompt_hash
-from .strategies.samplers import QuestionPool, QuestionSampler
+from .strategies.samplers import QuestionSampler
 
 logger = logging.get_logger(__name__)
 
@@ -249,11 +250,18 @@ class Replayable:
         now = {experience.prompt_hash for experience in new}
         return [e for e in stored() if e.prompt_hash not in now and not _has_own_prompt(e)]
 
-    def sampler(self, sampler: QuestionSampler) -> QuestionSampler | Callable[..., Sequence[str]]:
-        """The sampler, over what may be replayed."""
-        if not self._unusable:
+    def sampler(
+        self, sampler: QuestionSampler, resting: Collection[str] = ()
+    ) -> QuestionSampler | Callable[..., Sequence[str]]:
+        """The sampler, over what may be replayed; questions that rest may not."""
+        left_out = self._unusable.union(resting)
+        if not left_out:
             return sampler
-        return lambda pool, num_questions, rng: sampler(_Usable(pool, self._unusable), num_questions, rng)
+        return lambda pool, num_questions, rng: sampler(PoolWithout(pool, left_out), num_questions, rng)
+
+    def is_whole(self, group: Sequence[Experience]) -> bool:
+        """Whether all completions of a group may be replayed."""
+        return self._of_other_prompts.isdisjoint(group)
 
     def completions(self, experiences: Sequence[Experience]) -> list[Experience]:
         """Those of a question's completions that may be replayed."""
@@ -270,31 +278,6 @@ def _content_of(image: Mapping[str, Any]) -> bytes | None:
 def _has_own_prompt(experience: Experience) -> bool:
     details = experience.details
     return details is not None and (details.prompt_text is not None or bool(details.prompt_bytes))
-
-
-class _Usable:
-    """A pool without some of its questions. Walks it at every look, which only a changed dataset makes necessary."""
-
-    def __init__(self, pool: QuestionPool, unusable: set[str]) -> None:
-        self._pool, self._unusable = pool, unusable
-
-    @property
-    def group_size(self) -> int | None:
-        return self._pool.group_size
-
-    @property
-    def num_questions(self) -> int:
-        return sum(map(len, self.buckets().values()))
-
-    def buckets(self) -> Mapping[int, Sequence[str]]:
-        usable = {
-            bucket: [question_id for question_id in ids if question_id not in self._unusable]
-            for bucket, ids in self._pool.buckets().items()
-        }
-        return {bucket: ids for bucket, ids in usable.items() if ids}
-
-    def completions(self, question_id: str) -> Sequence[Experience]:
-        return self._pool.completions(question_id)
 
 
 def decodes_images(dataset: Any) -> bool:

@@ -8,7 +8,7 @@ import operator
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -271,6 +271,23 @@ class Reuse:
         return cls(0, experience.entropy, -likelihood, experience.policy_version)
 
 
+class Scores(NamedTuple):
+    """What a forward of a policy says of a stored completion; means over the tokens that the model wrote, nats.
+
+    Attributes:
+        entropy (`float`):
+            Mean token entropy.
+        negative_log_likelihood (`float`):
+            Mean negative log-likelihood.
+        drift (`float`):
+            Mean absolute log importance ratio to the policy that generated it; NaN if it was not asked for.
+    """
+
+    entropy: float
+    negative_log_likelihood: float
+    drift: float = math.nan
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """
@@ -280,9 +297,10 @@ class Candidate:
         experience (`Experience`):
             The stored completion.
         entropy (`float` or `None`):
-            Mean token entropy in nats under the current policy; `None` when the candidate was not scored.
+            Mean token entropy in nats under the current policy, or the last known one with
+            `candidate_scores="last_known"`; `None` when the candidate was not scored.
         negative_log_likelihood (`float` or `None`):
-            Mean negative log-likelihood in nats per token under the current policy; `None` when not scored.
+            Mean negative log-likelihood in nats per token, likewise; `None` when not scored.
     """
 
     experience: Experience
@@ -293,11 +311,11 @@ class Candidate:
 @dataclass(frozen=True, slots=True)
 class Replay:
     """
-    One replayed question of a generation batch.
+    A stored completion in a generation batch.
 
     Args:
         question (`Question`):
-            The question.
+            The replayed question. The group of it may hold several stored completions.
         experience (`Experience`):
             The stored completion.
         row (`int`):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .batch import COLUMNS, IDENTITY, Batch, Share, checksum
+from .batch import COLUMNS, IDENTITY, Batch, Share
 from .buffer import RemoteBuffer, ReplayBuffer
 from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
@@ -19,14 +19,16 @@ from .coverage import Coverage
 from .dataset import DroppedQuestions
 from .examples import packed
 from .images import StoredImage
-from .metrics import LogRatios, ReplayMetrics
+from .metrics import LogRatios, RatioSums, ReplayMetrics, merged
 from .notices import Notices
+from .pacing import Pacing
 from .plan import Plan
 from .processes import Processes
 from .prompts import Prompts
 from .questions import Replayable, TrainingQuestions
-from .records import Experience, Question, Replay
-from .scoring import Prompted, Scores, score_candidates, without_images
+from .records import Experience, Question, Replay, Reuse, Scores
+from .rows import checksum
+from .scoring import Prompted, score_candidates, without_images
 from .selection import Selection
 from .strategies import Strategies
 from .strategies.admission import Admission
@@ -104,15 +106,18 @@ class Replayer:
         self.num_losses = 0
         self.is_stopped = False
         self.coverage = Coverage()
+        self.pacing = Pacing(args)
         self._open: dict[int, Batch] = {}  # batches whose rows may still be trained, by number
         self._num_planned = 0
         self.rng = np.random.default_rng([args.seed, 1])  # a stream apart from the buffer's
         self.metrics = ReplayMetrics()
         self.is_started = args.replay_start_pass_rate is None
         self.log_ratios = LogRatios()  # of this process, since the last log line
+        self.ratio_sums = RatioSums()  # of this process, since the last batch was collected
         self.notices = Notices(args, success_rule, requires_success=strategies.admission.requires_success)
         self._has_begun = False
         self._version_offset = 0
+        self._num_drifted = 0  # candidates evicted since the last batch was collected
         self._images: WeakValueDictionary[str, StoredImage] = WeakValueDictionary()  # encoded already
 
     @property
@@ -199,8 +204,9 @@ class Replayer:
             if not self._has_begun:
                 self.notices.start(self.buffer, self.is_started)
             self._has_begun = True
-            if self.is_started and not self.is_stopped:
-                selection.draw(self._version_offset + global_step)
+            if self.is_started and not self.is_stopped and self.args.replay_fraction:
+                version = self._version_offset + global_step
+                selection.draw(version, self.pacing.next_batch(), self.pacing.resting(version))
             drawn.extend(selection.to_score(self.prompts))
             return self.is_started, [without_images(of_one) for of_one in drawn] if is_sent else drawn
 
@@ -215,6 +221,8 @@ class Replayer:
 
         def choose() -> Plan:
             replays = tuple(selection.choose(scores, unseen, self.rng))
+            self._num_drifted += sum(self.buffer.evict(*drifted) for drifted in selection.drifted)
+            self.metrics.add_agreements(selection.agreements)
             chosen.append(Plan(self._version_offset + global_step, self.is_started and not self.is_stopped, replays))
             return chosen[0].without_images() if is_sent else chosen[0]
 
@@ -235,6 +243,7 @@ class Replayer:
             number=self._num_planned,
             global_step=global_step,
             may_differ=self.questions.may_differ,
+            stores_groups=self.args.replays_groups,
         )
         self._open[self.batch.number] = self.batch
         return self.batch
@@ -270,7 +279,10 @@ class Replayer:
             assert batch.rewards_per_func is not None, "rewards come before they are judged"
             shape = batch.num_groups, batch.group_size
             rewards, is_correct = (of_rows.reshape(shape) for of_rows in self.success_rule(batch.rewards_per_func))
-            return rewards, is_correct, self.strategies.admission(rewards, is_correct, batch.is_fresh)
+            admission = self.strategies.admission(rewards, is_correct, batch.is_fresh)
+            # Stored successes say nothing of the present policy.
+            is_told = batch.is_fresh.sum(axis=1) >= batch.group_size - 1
+            return rewards, is_correct, replace(admission, is_solved=admission.is_solved & is_told)
 
         batch.admit(*self.processes.decide("deciding what to store", judge), output)
 
@@ -309,6 +321,30 @@ class Replayer:
                     self.notices.observe(batch)
         return trained
 
+    def score_replayed(
+        self,
+        trained: TrainedRows,
+        inputs: Mapping[str, torch.Tensor],
+        forward: tuple[torch.Tensor, torch.Tensor],
+        global_step: int,
+    ) -> None:
+        """
+        Keep what a training forward says of stored completions: it costs nothing.
+
+        Args:
+            trained (`tuple[Batch, list[int], list[int]]`):
+                A batch with positions in the micro-batch, and the rows of the batch that are there.
+            inputs (`Mapping[str, torch.Tensor]`):
+                Inputs of the loss.
+            forward (`tuple[torch.Tensor, torch.Tensor]`):
+                Log-probabilities and entropies of the micro-batch in nats, shape `(B, T)`.
+            global_step (`int`):
+                Optimizer steps of this run so far.
+        """
+        batch, positions, rows = trained
+        version = batch.policy_version + global_step - batch.global_step
+        batch.score_replayed(dict(zip(rows, positions, strict=True)), inputs, forward, version)
+
     def collect(self) -> None:
         """
         Bring what was trained into the buffer (method, section 2), retire solved questions, start replay if due; once.
@@ -327,9 +363,11 @@ class Replayer:
 
     def _collect_batch(self, batch: Batch) -> None:
         # Known to all, so that nothing is sent for nothing.
-        is_told = self.coverage.is_on or bool(batch.concerns_buffer.any())
+        is_told = self.coverage.is_on or bool(batch.replays) or bool(batch.concerns_buffer.any())
         shares = self.processes.gather(batch.share(self._pack)) if is_told else []
-        self.processes.decide("collecting completions", lambda: self._collect(batch, shares))
+        sums = self.processes.gather(self.ratio_sums) if self._watches_ratios and batch.replays else []
+        self.ratio_sums = RatioSums()
+        self.processes.decide("collecting completions", lambda: self._collect(batch, shares, sums))
         batch.is_collected = True
         self.strategies.weighting.observe(batch)
         self.metrics.add_process_seconds(self.processes.seconds)
@@ -337,35 +375,75 @@ class Replayer:
     def _pack(self, question: Question) -> Question:
         return packed(question, self._images, lambda: self.questions.image_files(question.question_id))
 
-    def _collect(self, batch: Batch, shares: Sequence[Share]) -> None:
+    def _collect(self, batch: Batch, shares: Sequence[Share], sums: Sequence[RatioSums]) -> None:
         admission = batch.admission
-        evicted = sum(
-            self.buffer.evict(replay.question.question_id, replay.experience)
-            for replay in batch.replays
-            if not admission.is_worth_storing.flat[replay.row] and not np.isnan(batch.rewards.flat[replay.row])
-        )
         batch.unite(shares)
         for share in shares:
             self.coverage.generated(share.generated)
+        self._settle(batch)
+        self.pacing.observe(merged(sums).effective_sample_size)
         for group, question, experiences in batch.groups():
             is_solved = bool(admission.is_solved[group])
             if is_solved and not self.questions.may_retire(question.question_id):
                 continue
             if self.is_started:
+                # Of several stored completions, all that are fresh may be correct, and the question is not solved yet.
+                num_successes = min(int(admission.num_successes[group]), batch.group_size - 1)
                 self.buffer.collect(
                     question,
                     experiences,
-                    num_correct=batch.group_size if is_solved else int(admission.num_successes[group]),
+                    num_correct=batch.group_size if is_solved else num_successes,
                     group_size=batch.group_size,
                     bucket=int(admission.buckets[group]),
                 )
                 self._forget_other_images(question, experiences)
             elif is_solved and self.args.retire_solved:
                 self.buffer.retire(question.question_id)
-        self.metrics.add_collection(evicted_incorrect=evicted)
         if not self.is_started:
             self.is_started = batch.fresh_pass_rate > self.args.replay_start_pass_rate  # type: ignore[operator]
         self.strategies.observe(batch)
+
+    def _settle(self, batch: Batch) -> None:
+        """Note how the replayed completions of a batch have fared, and evict those that are done with."""
+        self.pacing.replayed(
+            (question.question_id for question in batch.replayed_questions.values()), batch.policy_version
+        )
+        evicted = {"incorrect": 0, "drifted": self._num_drifted, "used_up": 0}
+        self._num_drifted = 0
+        for of_one in batch.replayed_items():
+            reuses = [self._note(batch, replay) for replay in of_one]
+            reason = self._reason_to_evict(batch, of_one, reuses)
+            if reason is not None and self.buffer.evict(of_one[0].question.question_id, of_one[0].experience):
+                evicted[reason] += len(of_one)
+        self.metrics.add_collection(evicted)
+
+    def _note(self, batch: Batch, replay: Replay) -> Reuse | None:
+        if not hasattr(self.buffer, "note_reuse"):  # a buffer of the user, which nothing needs it of
+            return None
+        reuse = self.buffer.reuse(replay.experience)
+        reuse = replace(reuse, num_replays=reuse.num_replays + 1)
+        if replay.row in batch.scores:
+            scores, version = batch.scores[replay.row]
+            # A policy that rules a token out gives infinite scores.
+            entropy, likelihood = (value if np.isfinite(value) else np.nan for value in scores[:2])
+            reuse = Reuse(reuse.num_replays, entropy, likelihood, version)
+        self.buffer.note_reuse(replay.question.question_id, replay.experience, reuse)
+        return reuse
+
+    def _reason_to_evict(self, batch: Batch, of_one: Sequence[Replay], reuses: Sequence[Reuse | None]) -> str | None:
+        rows = [replay.row for replay in of_one]
+        is_worth, rewards = batch.admission.is_worth_storing.flat[rows], batch.rewards.flat[rows]
+        is_done = is_worth.all() or not is_worth.any() if self.args.replays_groups else not is_worth.all()
+        if is_done and not np.isnan(rewards).any():
+            return "incorrect"
+        if self.args.max_drift is not None:
+            drifts = [batch.scores[row][0].drift if row in batch.scores else np.nan for row in rows]
+            num_tokens = [replay.experience.num_model_tokens for replay in of_one]
+            if np.average(drifts, weights=num_tokens) > self.args.max_drift:
+                return "drifted"
+        most = self.args.max_replays
+        is_used_up = most is not None and any(reuse is not None and reuse.num_replays >= most for reuse in reuses)
+        return "used_up" if is_used_up else None
 
     def _forget_other_images(self, question: Question, new: Sequence[Experience]) -> None:
         def stored() -> Sequence[Experience]:
@@ -393,6 +471,12 @@ class Replayer:
     def add_log_ratios(self, log_ratios: np.ndarray) -> None:
         """Note the log importance ratios of replayed tokens of this process, shape `(N,)`, nats."""
         self.log_ratios.add(log_ratios)
+        if self._watches_ratios:
+            self.ratio_sums.add(log_ratios)
+
+    @property
+    def _watches_ratios(self) -> bool:
+        return self.args.min_effective_sample_size is not None
 
     def log_metrics(self) -> dict[str, float]:
         """Metrics since the last log line, on the main process."""
@@ -401,6 +485,7 @@ class Replayer:
         if not self.processes.is_main:
             return {}
         self.metrics.add_log_ratios(gathered)
+        self.metrics.add({"replay/fraction_allowed": self.pacing.fraction_allowed})
         return self.metrics.line(self.buffer.metrics(), self.strategies.metrics())
 
     def save(self, checkpoint: str) -> None:
@@ -454,6 +539,7 @@ class Replayer:
             "strategies": self.strategies.state_dict(),
             "success_rule": self.success_rule.state_dict(),
             "coverage": self.coverage.state_dict(),
+            "pacing": self.pacing.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -469,3 +555,5 @@ class Replayer:
             self.strategies.load_state_dict(state["strategies"])
             self.success_rule.load_state_dict(state["success_rule"])
             self.coverage.load_state_dict(state["coverage"])
+        if "pacing" in state:
+            self.pacing.load_state_dict(state["pacing"])

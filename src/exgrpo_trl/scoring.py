@@ -10,7 +10,7 @@ import torch
 from torch.distributed import fsdp
 
 from .processes import Processes
-from .records import Candidate
+from .records import Scores
 
 
 class Prompted(NamedTuple):
@@ -27,6 +27,8 @@ class Prompted(NamedTuple):
             Dataset row with its prompt as shown, where there are images.
         messages (`list` or `None`):
             Completion messages, where tools returned images.
+        behavior_logps (`np.ndarray` or `None`):
+            Log-probabilities under the policy that generated it, shape `(T,)`; `None` where drift is not asked for.
     """
 
     prompt: Sequence[int]
@@ -34,10 +36,8 @@ class Prompted(NamedTuple):
     is_model: np.ndarray | None = None
     row: Mapping[str, Any] | None = None
     messages: Any = None
+    behavior_logps: np.ndarray | None = None
 
-
-# Mean token entropy and mean negative log-likelihood of a completion, nats.
-Scores = tuple[float, float]
 
 # (input_ids, attention_mask, logits_to_keep) -> (per-token log-probabilities, per-token entropies), each (B, T).
 Forward = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -97,19 +97,6 @@ def without_images(of_one: Prompted) -> Prompted:
     return of_one if of_one.row is None else of_one._replace(row={}, messages=None)
 
 
-def add_scores(
-    candidates: Mapping[str, Sequence[Candidate]], scores: Mapping[int, Scores]
-) -> dict[str, list[Candidate]]:
-    """Candidates with their scores, which are counted over the candidates of questions that have a choice."""
-    numbers = itertools.count()
-    return {
-        question_id: [Candidate(choice.experience, *scores[next(numbers)]) for choice in choices]
-        if scores and len(choices) > 1
-        else list(choices)
-        for question_id, choices in candidates.items()
-    }
-
-
 @torch.no_grad()
 def score_completions(
     prompted: Sequence[Prompted],
@@ -128,18 +115,43 @@ def score_completions(
     input_ids = torch.full((len(prompted), longest_prompt + longest_completion), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     mask = torch.zeros((len(prompted), longest_completion), dtype=torch.bool)
-    for row, (prompt, completion, is_model, *_) in enumerate(prompted):
+    behavior_logps = torch.full((len(prompted), longest_completion), torch.nan)
+    for row, of_one in enumerate(prompted):
+        prompt, completion, is_model = of_one.prompt, of_one.completion, of_one.is_model
         begin, end = longest_prompt - len(prompt), longest_prompt + len(completion)
         input_ids[row, begin:longest_prompt] = torch.tensor(prompt, dtype=torch.long)
         input_ids[row, longest_prompt:end] = torch.from_numpy(completion.astype("int64"))
         attention_mask[row, begin:end] = 1
         mask[row, : len(completion)] = True if is_model is None else torch.from_numpy(is_model)
+        if of_one.behavior_logps is not None:
+            behavior_logps[row, : len(completion)] = torch.tensor(of_one.behavior_logps)
     logps, entropies = forward(input_ids.to(device), attention_mask.to(device), longest_completion)
-    mask = mask.to(device)
+    return mean_scores(logps, entropies, behavior_logps.to(device), mask.to(device))
+
+
+@torch.no_grad()
+def mean_scores(
+    logps: torch.Tensor, entropies: torch.Tensor, behavior_logps: torch.Tensor, mask: torch.Tensor
+) -> list[Scores]:
+    """
+    Scores of completions, from what a forward says of their tokens.
+
+    Args:
+        logps, entropies, behavior_logps (`torch.Tensor`):
+            Log-probabilities under the policy of the forward, its entropies, and log-probabilities under the policy
+            that generated the completions (NaN where they are not given), nats, shape `(B, T)`.
+        mask (`torch.Tensor`):
+            Which tokens the model wrote, booleans of shape `(B, T)`.
+    """
     num_tokens = mask.sum(-1)
-    mean_logp = torch.where(mask, logps.float(), 0.0).sum(-1) / num_tokens
-    mean_entropy = torch.where(mask, entropies.float(), 0.0).sum(-1) / num_tokens
-    return list(zip(mean_entropy.tolist(), (-mean_logp).tolist(), strict=True))
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(mask, values.float(), 0.0).sum(-1) / num_tokens
+
+    # All of them at once: every transfer waits for the device.
+    drifts = mean((logps.float() - behavior_logps.float()).abs())
+    means = torch.stack([mean(entropies), -mean(logps), drifts], dim=1)
+    return [Scores(*of_row) for of_row in means.tolist()]
 
 
 @contextmanager

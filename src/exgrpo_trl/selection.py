@@ -1,17 +1,18 @@
 """Which stored completions a generation batch replays, and in which rows: decided by the main process."""
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from .buffer import ReplayBuffer
 from .config import ExGRPOConfig
-from .plan import plan_rows, spare
+from .plan import plan_rows, rows_of_group, spare
 from .prompts import Prompts, Shown
 from .questions import Replayable
-from .records import Candidate, Experience, Question, Replay
-from .scoring import Prompted, Scores, add_scores
-from .strategies import Strategies
+from .records import Candidate, Experience, Question, Replay, Scores
+from .scoring import Prompted
+from .strategies import COMPLETION_SELECTORS, Strategies
 from .strategies.samplers import check_drawn
 
 
@@ -28,6 +29,12 @@ class Selection:
             Configuration of the trainer.
         strategies ([`Strategies`]):
             Rules to follow.
+
+    Attributes:
+        drifted (`list[tuple[str, Experience]]`):
+            Candidates, with their questions, that the policy has left too far behind: they leave the buffer.
+        agreements (`list[bool]`):
+            For each choice by present scores: whether the last known ones would have led to the same.
     """
 
     def __init__(
@@ -39,22 +46,46 @@ class Selection:
         self.strategies = strategies
         self.questions: dict[str, Question] = {}
         self.candidates: dict[str, list[Candidate]] = {}
+        self.groups: dict[str, Sequence[Sequence[Experience]]] = {}
+        self.drifted: list[tuple[str, Experience]] = []
+        self.agreements: list[bool] = []
 
-    def draw(self, policy_version: int) -> None:
-        """Draw questions, with their candidates (method, section 3)."""
+    def draw(self, policy_version: int, num_questions: int, resting: Collection[str] = ()) -> None:
+        """
+        Draw questions, with their candidates (method, section 3).
+
+        Args:
+            policy_version (`int`):
+                Version of the policy that generates the batch.
+            num_questions (`int`):
+                Most questions to draw.
+            resting (`Collection[str]`, *optional*):
+                Questions that may not be drawn now.
+        """
         if self.args.max_staleness is not None:
             self.buffer.evict_older_than(policy_version - self.args.max_staleness)
-        n = min(self.args.num_groups_to_replay, self.buffer.num_questions)
-        sampler = self.replayable.sampler(self.strategies.question_sampler)
+        n = min(num_questions, self.buffer.num_questions)
+        sampler = self.replayable.sampler(self.strategies.question_sampler, resting)
         question_ids = list(self.buffer.sample_questions(n, sampler)) if n else []
         # A buffer of the user may draw as it likes.
         source = f"{type(self.buffer).__name__}.sample_questions({n})"
         check_drawn(question_ids, n, lambda question_id: bool(self._completions(question_id)), source)
         for question_id in question_ids:
-            candidates = [Candidate(e) for e in self.replayable.completions(self._completions(question_id))]
-            if candidates:
-                self.candidates[question_id] = candidates
-                self.questions[question_id] = self.buffer.question(question_id)
+            self.take(question_id)
+
+    def take(self, question_id: str) -> None:
+        """Consider what is stored of a question, if any of it may be replayed."""
+        if self.args.replays_groups:
+            groups = [group for group in self.buffer.groups(question_id) if self.replayable.is_whole(group)]
+            if groups:
+                self.groups[question_id] = groups
+        else:
+            experiences = self.replayable.completions(self._completions(question_id))
+            if experiences:
+                is_known = self.args.candidate_scores == "last_known" and self._has_choice(experiences)
+                self.candidates[question_id] = [self._known(e) if is_known else Candidate(e) for e in experiences]
+        if question_id in self.groups or question_id in self.candidates:
+            self.questions[question_id] = self.buffer.question(question_id)
 
     def _completions(self, question_id: str) -> Sequence[Experience]:
         try:
@@ -62,33 +93,119 @@ class Selection:
         except KeyError:
             return ()
 
+    def _known(self, experience: Experience) -> Candidate:
+        reuse = self.buffer.reuse(experience)
+        return Candidate(experience, reuse.entropy, reuse.negative_log_likelihood)
+
+    @property
+    def _most_stored(self) -> int:
+        return min(self.args.stored_per_group, self.args.num_generations - 1)
+
+    def _has_choice(self, candidates: Sequence[object]) -> bool:
+        return len(candidates) > self._most_stored
+
     def to_score(self, prompts: Prompts) -> list[Prompted]:
         """Prompt and completion of every candidate that the choice depends on: none where there is no choice."""
-        question_ids = [question_id for question_id, choices in self.candidates.items() if len(choices) > 1]
-        if not question_ids or not self.strategies.completion_selector.requires_scores:
+        if not self.strategies.completion_selector.requires_scores or self.args.candidate_scores == "last_known":
             return []
+        of_choices = {q: choices for q, choices in self.candidates.items() if self._has_choice(choices)}
         shown = [
             Shown(self.questions[question_id].example, candidate.experience)
-            for question_id in question_ids
-            for candidate in self.candidates[question_id]
+            for question_id, choices in of_choices.items()
+            for candidate in choices
         ]
-        return prompts.prompted(shown)
+        prompted = prompts.prompted(shown) if shown else []
+        if self.args.max_drift is None:
+            return prompted
+        experiences = [candidate.experience for choices in of_choices.values() for candidate in choices]
+        return [
+            of_one._replace(behavior_logps=experience.behavior_per_token_logps)
+            for of_one, experience in zip(prompted, experiences, strict=True)
+        ]
 
     def choose(self, scores: Mapping[int, Scores], unseen: Collection[int], rng: np.random.Generator) -> list[Replay]:
-        """One completion per drawn question, and its row (method, section 4); ascending by row."""
-        if not self.candidates:
+        """What is replayed of each drawn question, and its rows (method, section 4); ascending by row."""
+        self._add_scores(scores)
+        drawn = list(self.groups or self.candidates)
+        if not drawn:
             return []
         shape = self.args.num_groups, self.args.num_generations
-        rows = plan_rows(*shape, len(self.candidates), rng)
+        rows = plan_rows(*shape, len(drawn), rng)
         if unseen:
-            rows = spare(rows, *shape, unseen)
-        scored = add_scores(self.candidates, scores)
-        return [self._select(*drawn, row, rng) for row, drawn in zip(rows, scored.items(), strict=True)]
+            rows = spare(rows, *shape, unseen, self._groups_of_a_process)
+        select = self._select_group if self.args.replays_groups else self._select
+        replays = [
+            replay for row, question_id in zip(rows, drawn, strict=True) for replay in select(question_id, row, rng)
+        ]
+        return sorted(replays, key=lambda replay: replay.row)
 
-    def _select(self, question_id: str, choices: Sequence[Candidate], row: int, rng: np.random.Generator) -> Replay:
-        index = self.strategies.completion_selector(choices, rng) if len(choices) > 1 else 0
+    @property
+    def _groups_of_a_process(self) -> int:
+        """Groups among which a replayed one may be moved: of one process, where each must keep a fresh one."""
+        num_groups, num_processes = self.args.num_groups, self.args.world_size
+        is_even = self.args.replays_groups and num_groups % num_processes == 0
+        return num_groups // num_processes if is_even else num_groups
+
+    def _add_scores(self, scores: Mapping[int, Scores]) -> None:
+        """Give candidates their scores, which are counted over those that have a choice; drop those that drifted."""
+        if not scores:
+            return
+        numbers = itertools.count()
+        most = self.args.max_drift
+        for question_id, choices in list(self.candidates.items()):
+            if not self._has_choice(choices):
+                continue
+            of_choices = [Scores(*scores[next(numbers)]) for _ in choices]
+            scored = [
+                Candidate(choice.experience, of_one.entropy, of_one.negative_log_likelihood)
+                for choice, of_one in zip(choices, of_choices, strict=True)
+            ]
+            has_drifted = [most is not None and of_one.drift > most for of_one in of_choices]
+            self.drifted += [
+                (question_id, choice.experience) for choice, is_out in zip(scored, has_drifted, strict=True) if is_out
+            ]
+            self.candidates[question_id] = [
+                choice for choice, is_out in zip(scored, has_drifted, strict=True) if not is_out
+            ]
+        self.candidates = {question_id: choices for question_id, choices in self.candidates.items() if choices}
+
+    def _select(self, question_id: str, row: int, rng: np.random.Generator) -> list[Replay]:
+        waiting = list(self.candidates[question_id])
+        chosen: list[Candidate] = []
+        rows = rows_of_group(row, self.args.num_generations, min(self._most_stored, len(waiting)))
+        while len(chosen) < len(rows):
+            has_choice = len(waiting) > len(rows) - len(chosen)
+            index = self._index(waiting, rng) if has_choice else 0
+            chosen.append(waiting[index])
+            waiting = waiting[:index] + waiting[index + 1 :]  # a selector may keep what it was shown
+        return [
+            Replay(self.questions[question_id], candidate.experience, of_one, candidate.entropy)
+            for of_one, candidate in zip(rows, chosen, strict=True)
+        ]
+
+    def _index(self, choices: Sequence[Candidate], rng: np.random.Generator) -> int:
+        selector = self.strategies.completion_selector
+        index = selector(choices, rng)
         if not 0 <= index < len(choices):
             raise ValueError(
                 f"The completion selector returned {index!r} for {len(choices)} candidates. Return the index of one."
             )
-        return Replay(self.questions[question_id], choices[index].experience, row, choices[index].entropy)
+        # The built-in ones alone are known to have neither state nor chance.
+        is_pure = selector.requires_scores and type(selector) in COMPLETION_SELECTORS.values()
+        if is_pure and self.args.candidate_scores == "current" and hasattr(self.buffer, "reuse"):
+            known = [self._known(choice.experience) for choice in choices]
+            self.agreements.append(selector(known, rng) == index)
+        return index
+
+    def _select_group(self, question_id: str, row: int, rng: np.random.Generator) -> list[Replay]:
+        groups = self.groups[question_id]
+        index = self.strategies.group_selector(groups, rng) if len(groups) > 1 else 0
+        if not 0 <= index < len(groups):
+            raise ValueError(
+                f"The group selector returned {index!r} for {len(groups)} groups. Return the index of one."
+            )
+        first = row - row % self.args.num_generations
+        return [
+            Replay(self.questions[question_id], experience, first + slot)
+            for slot, experience in enumerate(groups[index])
+        ]

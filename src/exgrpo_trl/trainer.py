@@ -108,6 +108,9 @@ class ExGRPOTrainer(GenerationHooks):
         completion_selector (`Callable` or `str`, *optional*):
             Picks the stored completion of a question, see [`CompletionSelector`]. By default the one that
             `args.completion_selection` names.
+        group_selector (`Callable` or `str`, *optional*):
+            Picks the stored group of a question where whole groups are replayed, see [`GroupSelector`]. By default the
+            one that `args.group_selection` names.
         admission (`Callable` or `str`, *optional*):
             Decides what is stored, in which bucket, and what retires, see [`AdmissionRule`]. By default the one that
             `args.difficulty` names.
@@ -157,6 +160,7 @@ class ExGRPOTrainer(GenerationHooks):
         experience_buffer: ReplayBuffer | Location | None = None,
         question_sampler: Callable[..., Any] | str | None = None,
         completion_selector: Callable[..., Any] | str | None = None,
+        group_selector: Callable[..., Any] | str | None = None,
         admission: Callable[..., Any] | str | None = None,
         eviction: Callable[..., Any] | str | None = None,
         weighting: Callable[..., Any] | str | None = None,
@@ -170,7 +174,7 @@ class ExGRPOTrainer(GenerationHooks):
                 f"args is a {type(args).__name__}. Use an ExGRPOConfig, which takes its fields and those of replay."
             )
         bound = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *positional, **keywords)
-        self._is_replay_enabled = args.replay_fraction > 0
+        self._is_replay_enabled = args.trains_stored
         if self._is_replay_enabled:
             check_arguments(bound.arguments, args)
         self._processes = Processes(args.distributed_state)
@@ -180,6 +184,7 @@ class ExGRPOTrainer(GenerationHooks):
             args,
             question_sampler=question_sampler,
             completion_selector=completion_selector,
+            group_selector=group_selector,
             admission=admission,
             eviction=eviction,
             weighting=weighting,
@@ -306,8 +311,10 @@ class ExGRPOTrainer(GenerationHooks):
         entropies: torch.Tensor,
     ) -> None:
         """Record the behaviour policy of fresh rows, and weight the replayed ones, before TRL computes its loss."""
-        for batch, positions, rows in batches:
+        for trained in batches:
+            batch, positions, rows = trained
             batch.record(rows, per_token_logps[positions], entropies[positions])  # what was not recorded at generation
+            self.replayer.score_replayed(trained, inputs, (per_token_logps, entropies), self.state.global_step)
         log_ratios = show_replayed(
             shown,
             inputs,

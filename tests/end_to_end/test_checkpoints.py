@@ -48,6 +48,18 @@ SETTINGS = {
     "lora": {"lora": True},
     "delayed_start": {"replay_start_pass_rate": 0.3},
     "random_choices": {"question_sampling": "random", "completion_selection": "random", "buffer_capacity": 12},
+    "last_known": {"candidate_scores": "last_known", "max_steps": 10, "save_steps": 5},
+    "several_stored": {"stored_per_group": 2, "max_steps": 8, "save_steps": 4},
+    "bounded": {
+        "max_replays": 2,
+        "replay_cooldown": 2,
+        "max_drift": 0.2,
+        "learning_rate": 1e-2,
+        "max_steps": 10,
+        "save_steps": 5,
+    },
+    "stepping_back": {"min_effective_sample_size": 0.9, "learning_rate": 2e-2, "max_steps": 8, "save_steps": 4},
+    "carried": {"replay_fraction": 0.4, "max_steps": 8, "save_steps": 3},  # 1.6 questions of 4
 }
 
 

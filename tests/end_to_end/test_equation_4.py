@@ -58,6 +58,15 @@ CASES = {
     "lora_kl": {"beta": 0.1, "use_lora": True},
     "gradient_checkpointing": {"loss_type": "grpo", "gradient_checkpointing": True},
     "truncated_masked": {"mask_truncated_completions": True, "max_completion_length": 24},
+    "several_stored": {"stored_per_group": 3},
+    "several_stored_grpo": {"stored_per_group": 2, "loss_type": "grpo", "replay_weighting": "balanced"},
+    "several_stored_kl_accumulation": {
+        "stored_per_group": 2,
+        "beta": 0.1,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+    },
+    "last_known": {"candidate_scores": "last_known", "stored_per_group": 2, "num_iterations": 2},
 }
 
 

@@ -268,7 +268,8 @@ def test_the_signature_shows_what_trl_takes_and_what_replay_adds():
     of_trl = list(inspect.signature(GRPOTrainer).parameters)
     assert list(parameters)[: len(of_trl)] == of_trl
     assert list(parameters)[len(of_trl) :] == [
-        "experience_buffer", "question_sampler", "completion_selector", "admission", "eviction", "weighting",
+        "experience_buffer", "question_sampler", "completion_selector", "group_selector", "admission", "eviction",
+        "weighting",
     ]  # fmt: skip
     assert {"train_dataset", "peft_config", "callbacks"} <= parameters.keys()
     assert not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())

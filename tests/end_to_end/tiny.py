@@ -118,7 +118,15 @@ def make_trainer(output_dir: Any, trainer_class: Any = None, **options: Any) -> 
         "callbacks": None,
     }
     if issubclass(trainer_class, ExGRPOTrainer):
-        own = ("experience_buffer", "question_sampler", "completion_selector", "admission", "eviction", "weighting")
+        own = (
+            "experience_buffer",
+            "question_sampler",
+            "completion_selector",
+            "group_selector",
+            "admission",
+            "eviction",
+            "weighting",
+        )
         # The name of an eviction rule is a field of the config, anything else an argument.
         arguments |= {name: None for name in own if name != "eviction" or not isinstance(options.get(name), str)}
         config_class: Any = ExGRPOConfig

@@ -12,6 +12,7 @@ from exgrpo_trl import (
     CompletionSelector,
     EvictionRule,
     ExGRPOConfig,
+    GroupSelector,
     QuestionSampler,
     ReplayWeighting,
     Strategy,
@@ -19,7 +20,7 @@ from exgrpo_trl import (
 from exgrpo_trl.strategies import Strategies
 from exgrpo_trl.strategies.base import as_strategy
 
-KINDS = (QuestionSampler, CompletionSelector, AdmissionRule, EvictionRule, ReplayWeighting)
+KINDS = (QuestionSampler, CompletionSelector, GroupSelector, AdmissionRule, EvictionRule, ReplayWeighting)
 
 
 def config(**fields):
@@ -93,6 +94,7 @@ def test_what_cannot_be_called_is_refused(kind, rule):
 ARGUMENTS = {
     "question_sampler": "uniform",
     "completion_selector": "most_recent",
+    "group_selector": "largest_spread",
     "admission": "reward_std",
     "eviction": "oldest",
     "weighting": "balanced",
@@ -105,6 +107,7 @@ def test_a_name_is_that_of_a_built_in_strategy():
     assert {name: type(strategy).__name__ for name, strategy in chosen.items()} == {
         "question_sampler": "UniformSampler",
         "completion_selector": "MostRecent",
+        "group_selector": "LargestSpread",
         "admission": "RewardSpread",
         "eviction": "Oldest",
         "weighting": "Balanced",

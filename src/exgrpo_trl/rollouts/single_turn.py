@@ -22,6 +22,8 @@ class SingleTurnRollouts(Rollouts):
         batch: Batch,
     ) -> tuple[Any, ...]:
         stored = batch.stored
+        if len(stored) == batch.num_groups * batch.group_size:
+            return [[] for _ in prompt_ids], None  # whole groups alone, and no other process waits
         # At least one, because the other processes may wait for this one to generate; it is dropped.
         rows = [row for row in range(len(prompt_ids)) if row not in stored] or [0]
         fields = fields_of_rows(multimodal_fields, rows, images, len(prompt_ids))

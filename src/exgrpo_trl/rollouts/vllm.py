@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..batch import Batch, loss_mask
+from ..batch import Batch
 from ..processes import Processes
+from ..rows import loss_mask
 from .base import Generate, Rollouts
 
 # What TRL generates with, an attribute of its `VLLMGeneration` by mode.
@@ -143,6 +144,8 @@ class _FreshFromServer(_Fresh):
             }
 
         def generate() -> list[Any]:
+            if not rows:
+                return []
             answer = self._engine.generate(prompts=asked, n=num_each, **kwargs | of_prompts)
             return list(zip(*(answer[field] for field in _FIELDS), strict=True))
 

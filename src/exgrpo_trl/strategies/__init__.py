@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .admission import ADMISSION_RULES, Admission, AdmissionRule
 from .base import Strategy
 from .eviction import EVICTION_RULES, EvictionRule
+from .groups import GROUP_SELECTORS, GroupSelector
 from .samplers import QUESTION_SAMPLERS, QuestionSampler
 from .selectors import COMPLETION_SELECTORS, CompletionSelector
 
@@ -25,12 +26,14 @@ __all__ = [
     "ADMISSION_RULES",
     "COMPLETION_SELECTORS",
     "EVICTION_RULES",
+    "GROUP_SELECTORS",
     "QUESTION_SAMPLERS",
     "REPLAY_WEIGHTINGS",
     "Admission",
     "AdmissionRule",
     "CompletionSelector",
     "EvictionRule",
+    "GroupSelector",
     "ImportanceWeight",
     "QuestionSampler",
     "ReplayWeighting",

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .admission import ADMISSION_RULES, AdmissionRule
 from .base import CollectedBatch, Strategy, as_strategy, make_strategy
 from .eviction import EVICTION_RULES, EvictionRule
+from .groups import GROUP_SELECTORS, GroupSelector
 from .samplers import QUESTION_SAMPLERS, QuestionSampler
 from .selectors import COMPLETION_SELECTORS, CompletionSelector
 from .weighting import REPLAY_WEIGHTINGS, ReplayWeighting
@@ -27,6 +28,7 @@ class Strategies:
 
     question_sampler: QuestionSampler
     completion_selector: CompletionSelector
+    group_selector: GroupSelector
     admission: AdmissionRule
     eviction: EvictionRule
     weighting: ReplayWeighting
@@ -40,6 +42,7 @@ class Strategies:
         """All of them with their names."""
         yield "question_sampler", self.question_sampler
         yield "completion_selector", self.completion_selector
+        yield "group_selector", self.group_selector
         yield "admission", self.admission
         yield "eviction", self.eviction
         yield "weighting", self.weighting
@@ -80,6 +83,7 @@ class Strategies:
 _KINDS: dict[str, tuple[type[Strategy], Mapping[str, Any], str]] = {
     "question_sampler": (QuestionSampler, QUESTION_SAMPLERS, "question_sampling"),
     "completion_selector": (CompletionSelector, COMPLETION_SELECTORS, "completion_selection"),
+    "group_selector": (GroupSelector, GROUP_SELECTORS, "group_selection"),
     "admission": (AdmissionRule, ADMISSION_RULES, "difficulty"),
     "eviction": (EvictionRule, EVICTION_RULES, "eviction"),
     "weighting": (ReplayWeighting, REPLAY_WEIGHTINGS, "replay_weighting"),
