@@ -201,9 +201,7 @@ def test_a_replayed_group_neither_moves_nor_retires_its_question(tmp_path):
             return [float(i % 2) for i in range(len(completions))]
         return [1.0] * len(completions)
 
-    trainer = make_trainer(
-        tmp_path, Watched, reward_funcs=reward, replay_unit="group", max_steps=5, learning_rate=0.0
-    )
+    trainer = make_trainer(tmp_path, Watched, reward_funcs=reward, replay_unit="group", max_steps=5, learning_rate=0.0)
     trainer.train()
     replayed = {replays[0].question.question_id for replays in groups_of(trainer.batches[-1]).values()}
     assert replayed
@@ -212,13 +210,15 @@ def test_a_replayed_group_neither_moves_nor_retires_its_question(tmp_path):
 
 
 def test_a_buffer_of_the_other_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds single completions, but replay_unit='group'.*replay_unit='completion'"):
+    with pytest.raises(
+        ValueError, match=r"holds single completions, but replay_unit='group'.*replay_unit='completion'"
+    ):
         make_trainer(tmp_path, replay_unit="group", experience_buffer=ExperienceBuffer(group_size=K))
     with pytest.raises(ValueError, match=r"holds whole groups, but replay_unit='completion'"):
         make_trainer(tmp_path, experience_buffer=ExperienceBuffer(group_size=K, unit="group"))
     trainer = train(tmp_path / "groups", max_steps=4, save_strategy="steps", save_steps=2)
+    other = make_trainer(tmp_path / "other", max_steps=4)
     with pytest.raises(ValueError, match=r"checkpoint-2.*holds whole groups"):
-        other = make_trainer(tmp_path / "other", max_steps=4)
         other.train(resume_from_checkpoint=str(tmp_path / "groups" / "checkpoint-2"))
     again = make_trainer(
         tmp_path / "again", replay_unit="group", experience_buffer=tmp_path / "groups", max_steps=2,
