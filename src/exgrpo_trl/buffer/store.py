@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from ..images import StoredImage
 from ..records import Experience, Question, Reuse
 from .image_pool import ImagePool
 from .indices import Bucket, VersionIndex
@@ -98,16 +99,16 @@ class Store:
         questions: Iterable[tuple[Question, int, Sequence[Experience]]],
         by_age: Iterable[tuple[Experience, str]],
         reuse: Mapping[Experience, Reuse],
+        images: Iterable[StoredImage],
     ) -> None:
         """
         Fill an empty store so that every order is as it was: of bucket, question and policy version.
 
-        Images that are equal are the same object already.
+        `images` are those of the questions and completions, each once.
         """
+        self.images.adopt(images)
         for question, bucket, experiences in questions:
-            stored = self.questions[question.question_id] = StoredQuestion(self.images.question(question), bucket)
-            for experience in experiences:
-                self.images.experience(experience)  # for its images alone: it is in `by_age`, too
+            stored = self.questions[question.question_id] = StoredQuestion(question, bucket)
             stored.completions.update((experience.token_bytes, experience) for experience in experiences)
             self.buckets.setdefault(bucket, Bucket()).add(question.question_id)
             self.num_completions += len(experiences)
