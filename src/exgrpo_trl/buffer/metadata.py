@@ -72,13 +72,30 @@ def data_files(schema_version: int) -> tuple[str, ...]:
 
 def digests(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, int, str]]:
     """Name, size in bytes and SHA-256 of data files."""
+    # Large, as a thread waits for others with every block.
+    block = memoryview(bytearray(2**22))
     for name in names:
         digest, size = hashlib.sha256(), 0
-        with open(directory / name, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-                size += len(block)
+        with open(directory / name, "rb", buffering=0) as file:
+            while num_bytes := file.readinto(block):
+                digest.update(block[:num_bytes])
+                size += num_bytes
         yield name, size, digest.hexdigest()
+
+
+def check_file(directory: Path, name: str, metadata: Mapping[str, Any]) -> None:
+    """
+    Compare a data file with what the metadata says of it.
+
+    Raises:
+        ExperienceBufferError: if it has another size or checksum.
+    """
+    [(_, size, digest)] = digests(directory, [name])
+    expected = metadata["files"][name]
+    if size != expected["bytes"]:
+        fail(directory, f"is damaged: {name} has {size} bytes instead of {expected['bytes']}. {RESUME_HINT}")
+    if digest != expected["sha256"]:
+        fail(directory, f"is damaged: the checksum of {name} does not match. {RESUME_HINT}")
 
 
 def _sha256(text: str) -> str:
