@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -29,6 +28,7 @@ from .metadata import (
     RESUME_HINT,
     RETIRED_FILE,
     data_files,
+    described,
     digests,
     fail,
     metadata_text,
@@ -177,38 +177,9 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
     with _writer(directory / RETIRED_FILE, RETIRED_SCHEMA) as file:
         file.write_batch(pa.record_batch([pa.array(list(buffer.retired), pa.string())], schema=RETIRED_SCHEMA))
 
-    (directory / METADATA_FILE).write_text(metadata_text(_described(buffer), directory), encoding="ascii")
+    (directory / METADATA_FILE).write_text(metadata_text(described(buffer), directory), encoding="ascii")
     for name in (*DATA_FILES, METADATA_FILE):
         sync(directory / name)
-
-
-def _described(buffer: ExperienceBuffer) -> dict[str, Any]:
-    """What the metadata says of a buffer."""
-    if not isinstance(buffer.rng.bit_generator, np.random.PCG64):
-        raise TypeError(
-            f"`rng` of an experience buffer must use PCG64 to be saved, got {type(buffer.rng.bit_generator).__name__}."
-        )
-    return {
-        "counts": {
-            "questions": buffer.num_questions,
-            "completions": buffer.num_completions,
-            "tokens": buffer.num_tokens,
-            "retired": len(buffer.retired),
-            "evicted": buffer.num_evicted,
-            "duplicates": buffer.num_duplicates,
-        },
-        "settings": {
-            "group_size": buffer.group_size,
-            "capacity": buffer.capacity,
-            "max_completions_per_question": buffer.max_completions_per_question,
-            "retire_solved": buffer.retire_solved,
-            # Subclasses may not know of it.
-            **({"unit": buffer.unit} if buffer.unit == GROUP else {}),
-        },
-        "rng": buffer.rng.bit_generator.state,
-        "provenance": buffer.provenance,
-        "replay_state": buffer.replay_state,
-    }
 
 
 def _writer(file: Path, schema: pa.Schema, **kwargs: Any) -> pq.ParquetWriter:
