@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -30,6 +29,7 @@ from .metadata import (
     RETIRED_FILE,
     check_file,
     data_files,
+    described,
     fail,
     metadata_text,
     read_metadata,
@@ -182,7 +182,7 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
     with ThreadPoolExecutor(1) as executor:
         # The disk takes them while their checksums are computed.
         synced = executor.submit(_sync_data, directory)
-        text = metadata_text(_described(buffer), directory)
+        text = metadata_text(described(buffer), directory)
         synced.result()
     (directory / METADATA_FILE).write_text(text, encoding="ascii")
     sync(directory / METADATA_FILE)
@@ -191,35 +191,6 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
 def _sync_data(directory: Path) -> None:
     for name in DATA_FILES:
         sync(directory / name)
-
-
-def _described(buffer: ExperienceBuffer) -> dict[str, Any]:
-    """What the metadata says of a buffer."""
-    if not isinstance(buffer.rng.bit_generator, np.random.PCG64):
-        raise TypeError(
-            f"`rng` of an experience buffer must use PCG64 to be saved, got {type(buffer.rng.bit_generator).__name__}."
-        )
-    return {
-        "counts": {
-            "questions": buffer.num_questions,
-            "completions": buffer.num_completions,
-            "tokens": buffer.num_tokens,
-            "retired": len(buffer.retired),
-            "evicted": buffer.num_evicted,
-            "duplicates": buffer.num_duplicates,
-        },
-        "settings": {
-            "group_size": buffer.group_size,
-            "capacity": buffer.capacity,
-            "max_completions_per_question": buffer.max_completions_per_question,
-            "retire_solved": buffer.retire_solved,
-            # Subclasses may not know of it.
-            **({"unit": buffer.unit} if buffer.unit == GROUP else {}),
-        },
-        "rng": buffer.rng.bit_generator.state,
-        "provenance": buffer.provenance,
-        "replay_state": buffer.replay_state,
-    }
 
 
 def _writer(file: Path, schema: pa.Schema, **kwargs: Any) -> pq.ParquetWriter:

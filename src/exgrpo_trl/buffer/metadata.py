@@ -7,9 +7,15 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
 
 from ..records import ExperienceBufferError
+from .settings import GROUP
+
+if TYPE_CHECKING:
+    from .buffer import ExperienceBuffer
 
 # 1: completions do not know the tokens of their prompt.
 # 2: neither rollouts of several turns nor images.
@@ -50,6 +56,35 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not is_intact:
         fail(directory, f"has a damaged {METADATA_FILE}: its checksum does not match. {RESUME_HINT}")
     return dict(metadata)
+
+
+def described(buffer: ExperienceBuffer) -> dict[str, Any]:
+    """What the metadata says of a buffer."""
+    if not isinstance(buffer.rng.bit_generator, np.random.PCG64):
+        raise TypeError(
+            f"`rng` of an experience buffer must use PCG64 to be saved, got {type(buffer.rng.bit_generator).__name__}."
+        )
+    return {
+        "counts": {
+            "questions": buffer.num_questions,
+            "completions": buffer.num_completions,
+            "tokens": buffer.num_tokens,
+            "retired": len(buffer.retired),
+            "evicted": buffer.num_evicted,
+            "duplicates": buffer.num_duplicates,
+        },
+        "settings": {
+            "group_size": buffer.group_size,
+            "capacity": buffer.capacity,
+            "max_completions_per_question": buffer.max_completions_per_question,
+            "retire_solved": buffer.retire_solved,
+            # Subclasses may not know of it.
+            **({"unit": buffer.unit} if buffer.unit == GROUP else {}),
+        },
+        "rng": buffer.rng.bit_generator.state,
+        "provenance": buffer.provenance,
+        "replay_state": buffer.replay_state,
+    }
 
 
 def metadata_text(of_buffer: Mapping[str, Any], directory: Path) -> str:
