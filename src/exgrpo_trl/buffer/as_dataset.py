@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..images import StoredImage, map_images, pixel_digest
 from ..records import Experience, Question, Reuse
@@ -29,6 +28,7 @@ from .tables import (
     experiences_from_table,
     experiences_to_arrays,
     group_numbers,
+    num_tokens_in,
     with_later_columns,
 )
 
@@ -182,8 +182,7 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
             require(not batch.column(name).null_count, f"`{name}` is never null")
         for of_row in zip(digests, contents, strict=True):
             _add_images(images, *of_row)
-        num_tokens = pc.list_value_length(array_of(batch, "token_ids")).to_numpy(zero_copy_only=False)
-        experiences = experiences_from_table(batch, details_from_columns(details, num_tokens, images))
+        experiences = experiences_from_table(batch, details_from_columns(details, num_tokens_in(batch), images))
         columns = (batch.column(name).to_pylist() for name in (*QUESTION_SCHEMA.names, *GROUP_SCHEMA.names))
         rows = zip(experiences, reuse_from_table(batch), *columns, strict=True)
         for experience, reuse, question_id, example, bucket, group in rows:

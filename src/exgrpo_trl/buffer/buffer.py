@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ..images import referenced
+from ..images import StoredImage, referenced
 from ..records import Experience, Question, Reuse
 from ..strategies.eviction import EvictionFunction, Oldest
 from ..strategies.samplers import GaussianSampler, SamplingFunction, check_drawn
@@ -562,7 +562,8 @@ class ExperienceBuffer:
         by_age: Iterable[tuple[Experience, str]],
         retired: Iterable[str],
         reuse: Mapping[Experience, Reuse],
+        images: Iterable[StoredImage],
     ) -> None:
         """Fill an empty buffer so that every order is as it was: of bucket, question, policy version, retirement."""
-        self._store.restore(questions, by_age, reuse)
+        self._store.restore(questions, by_age, reuse, images)
         self._retired.update(dict.fromkeys(retired))

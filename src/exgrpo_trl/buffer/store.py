@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from ..images import StoredImage
 from ..records import Experience, Question, Reuse
 from .image_pool import ImagePool
 from .indices import Bucket, VersionIndex
@@ -98,18 +99,19 @@ class Store:
         questions: Iterable[tuple[Question, int, Iterable[Sequence[Experience]]]],
         by_age: Iterable[tuple[Experience, str]],
         reuse: Mapping[Experience, Reuse],
+        images: Iterable[StoredImage],
     ) -> None:
         """
         Fill an empty store so that every order is as it was: of bucket, question and policy version.
 
-        What came in together is together in `questions`. Images that are equal are the same object already.
+        What came in together is together in `questions`. `images` are those of the questions and completions, each
+        once.
         """
+        self.images.adopt(images)
         for question, bucket, parts in questions:
-            stored = self.questions[question.question_id] = self._kind(self.images.question(question), bucket)
+            stored = self.questions[question.question_id] = self._kind(question, bucket)
             self.buckets.setdefault(bucket, Bucket()).add(question.question_id)
             for experiences in parts:
-                for experience in experiences:
-                    self.images.experience(experience)  # for its images alone: it is in `by_age`, too
                 stored.add(experiences)
                 self.num_completions += len(experiences)
                 self.num_tokens += sum(experience.num_tokens for experience in experiences)

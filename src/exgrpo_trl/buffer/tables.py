@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ..records import MAX_LOG_PROBABILITY, MIN_LOG_PROBABILITY, UNKNOWN_PROMPT, Experience
 from ..rollout_details import RolloutDetails
-from .detail_columns import DETAIL_SCHEMA, num_bytes, require
+from .detail_columns import DETAIL_SCHEMA, num_bytes, numbers_of, require, valid_in
 from .reuse_columns import NO_REUSE
 
 T = TypeVar("T")
@@ -126,6 +130,25 @@ def experiences_from_table(
     ]
 
 
+def row_groups(file: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    """
+    Row groups of a Parquet file.
+
+    Raises:
+        ValueError: if the file has other columns.
+    """
+    with pq.ParquetFile(file) as parquet:
+        if not parquet.schema_arrow.equals(schema):
+            raise ValueError(f"{file.name} has the columns {parquet.schema_arrow.names}, expected {schema.names}")
+        for index in range(parquet.num_row_groups):
+            yield parquet.read_row_group(index, use_threads=False)
+
+
+def num_tokens_in(table: pa.Table | pa.RecordBatch) -> NDArray[Any]:
+    """Tokens of every completion of a table."""
+    return numbers_of(pc.list_value_length(array_of(table, "token_ids")))
+
+
 def with_later_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The table with the columns of a schema that an earlier version did not write."""
     for field in schema:
@@ -146,11 +169,11 @@ def _lists(table: pa.Table | pa.RecordBatch, name: str) -> tuple[np.ndarray[Any,
     array = array_of(table, name)
     values = array.flatten()
     require(not array.null_count and not values.null_count, f"`{name}` is never null")
-    offsets = array.offsets.to_numpy()
-    return offsets - offsets[0], values.to_numpy()
+    offsets = numbers_of(array.offsets)
+    return offsets - offsets[0], numbers_of(values)
 
 
 def _numbers(table: pa.Table | pa.RecordBatch, name: str) -> np.ndarray[Any, Any]:
-    column = table.column(name)
+    column = array_of(table, name)
     require(not column.null_count or name == "entropy", f"`{name}` is never null")
-    return np.asarray(column.fill_null(np.nan) if column.null_count else column)
+    return np.where(valid_in(column), numbers_of(column), np.nan) if column.null_count else numbers_of(column)
