@@ -201,7 +201,7 @@ class ReplayMetrics:
             {
                 "fresh/pass_rate": batch.fresh_pass_rate,
                 "fresh/reward": _nanmean(fresh),
-                "fresh/reward_std": _nanmean(np.nanstd(fresh[~np.isnan(fresh).all(axis=1)], axis=1)),
+                "fresh/reward_std": _mean(_stds(fresh)),
                 "fresh/frac_groups_without_signal": _mean(_has_no_signal(fresh[is_fresh.any(axis=1)])),
                 "replay/active": float(batch.plan.is_started),
                 "replay/fraction": len(batch.replayed_questions) / batch.num_groups,
@@ -278,6 +278,17 @@ def importance_ratio_metrics(log_ratios: np.ndarray) -> dict[str, float]:
 def _nanmean(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
+
+
+def _stds(values: np.ndarray) -> np.ndarray:
+    """Standard deviation of each row that has a number, NaN left out; what `np.nanstd` gives, without its detours."""
+    is_known = ~np.isnan(values)
+    num_known = is_known.sum(axis=1, keepdims=True)
+    has_any = num_known[:, 0] > 0
+    values, is_known, num_known = values[has_any], is_known[has_any], num_known[has_any]
+    means = np.where(is_known, values, 0.0).sum(axis=1, keepdims=True) / num_known
+    deviations = np.where(is_known, values - means, 0.0)
+    return np.asarray(np.sqrt((deviations * deviations).sum(axis=1) / num_known[:, 0]))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """What TRL's rows of a batch say of themselves: which tokens are trained, and a checksum of them."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,9 +42,14 @@ def checksum(completion_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
         `torch.Tensor`:
             Integers of shape `(B,)`; -1 where there are fewer columns than tokens.
     """
-    positions = torch.arange(completion_ids.size(1), device=completion_ids.device)
-    # Powers of an odd number modulo 2^64.
-    weights = torch.full_like(positions, 6364136223846793005).cumprod(0)
+    positions, weights = _weights(completion_ids.size(1), completion_ids.device)
     is_own = positions < lengths.unsqueeze(1)
-    sums = torch.where(is_own, (completion_ids + 1) * weights, 0).sum(1)
+    sums = ((completion_ids + 1) * weights * is_own).sum(1)
     return torch.where(lengths <= completion_ids.size(1), sums, -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(num_columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions, and powers of an odd number modulo 2^64."""
+    positions = torch.arange(num_columns, device=device)
+    return positions, torch.full_like(positions, 6364136223846793005).cumprod(0)

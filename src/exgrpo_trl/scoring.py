@@ -143,15 +143,11 @@ def mean_scores(
         mask (`torch.Tensor`):
             Which tokens the model wrote, booleans of shape `(B, T)`.
     """
-    num_tokens = mask.sum(-1)
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return torch.where(mask, values.float(), 0.0).sum(-1) / num_tokens
-
+    logps, entropies = logps.float(), entropies.float()
+    of_tokens = torch.stack([entropies, logps, (logps - behavior_logps.float()).abs()])
+    means = torch.where(mask, of_tokens, 0.0).sum(-1) / mask.sum(-1)
     # All of them at once: every transfer waits for the device.
-    drifts = mean((logps.float() - behavior_logps.float()).abs())
-    means = torch.stack([mean(entropies), -mean(logps), drifts], dim=1)
-    return [Scores(*of_row) for of_row in means.tolist()]
+    return [Scores(entropy, -logp, drift) for entropy, logp, drift in means.T.tolist()]
 
 
 @contextmanager
