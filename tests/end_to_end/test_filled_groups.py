@@ -234,7 +234,7 @@ def test_nothing_is_filled_before_the_start_in_evaluation_or_without_the_option(
     dataset = tiny_dataset(4)
     for name, options in {
         "before": {"replay_start_pass_rate": 0.99},
-        "without": {"fill_failed_groups": False},
+        "without": {"fill_failed_groups": False, "replay_fraction": 0.25},
     }.items():
         judge = Judge(["ok"])
         trainer = filling_trainer(
