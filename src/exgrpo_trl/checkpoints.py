@@ -106,6 +106,7 @@ def resolve_buffer(buffer: ReplayBuffer | Location | None, args: ExGRPOConfig) -
             max_completions_per_question=args.max_completions_per_question,
             retire_solved=args.retire_solved,
             seed=args.seed,
+            unit=args.replay_unit,
         )
     if isinstance(buffer, str | PathLike):
         loaded = ExperienceBuffer.load(buffer)

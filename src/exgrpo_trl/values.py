@@ -75,7 +75,7 @@ def from_json(text: str) -> Any:
         ValueError: if the text is anything else.
     """
     try:
-        return json.loads(text, object_hook=_from_fields)
+        return _DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("An encoded example is nested too deeply.") from error
 
@@ -139,6 +139,10 @@ def _from_fields(fields: dict[str, Any]) -> Any:
         return _CODECS[name].value_of(fields)
     except MALFORMED as error:
         raise ValueError(f"An encoded example holds a malformed value of type {name!r}: {error}") from error
+
+
+# Made once: `json.loads` makes a decoder for every text.
+_DECODER = json.JSONDecoder(object_hook=_from_fields)
 
 
 def _required_codec_of(value: Any, column: str | None) -> Codec:

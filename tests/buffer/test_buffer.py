@@ -30,29 +30,41 @@ def tokens_of(buffer, name):
     return [experience.token_ids.tolist() for experience in buffer.completions(name)]
 
 
-class Twin:
-    """The buffer as one list of rows, oldest first, that every operation walks."""
+def tokens_in(experiences):
+    return [experience.token_ids.tolist() for experience in experiences]
 
-    def __init__(self, capacity, per_question, retire_solved):
-        self.capacity, self.per_question, self.retire_solved = capacity, per_question, retire_solved
-        self.rows, self.bucket, self.retired, self.reuse = [], {}, [], {}
+
+class Twin:
+    """The buffer as one list of what came in together, oldest first, that every operation walks."""
+
+    def __init__(self, capacity, per_question, retire_solved, unit):
+        self.capacity, self.per_question, self.retire_solved, self.unit = capacity, per_question, retire_solved, unit
+        self.parts, self.bucket, self.retired, self.reuse = [], {}, [], {}
         self.evicted = self.duplicates = 0
+
+    @property
+    def rows(self):
+        return [(name, experience) for name, part in self.parts for experience in part]
 
     def of(self, name):
         return [experience for owner, experience in self.rows if owner == name]
 
+    def groups(self, name):
+        return [part for owner, part in self.parts if owner == name]
+
+    def find(self, name, experience):
+        same = [own for own in self.of(name) if own.token_bytes == experience.token_bytes]
+        return experience if any(own is experience for own in same) else same[0]
+
     def drop(self, keep):
-        kept = [row for row in self.rows if keep(row)]
-        num_dropped = len(self.rows) - len(kept)
-        self.rows = kept
+        num_before = len(self.rows)
+        self.parts = [(name, part) for name, part in self.parts if all(keep(name, experience) for experience in part)]
         self.bucket = {name: bucket for name, bucket in self.bucket.items() if self.of(name)}
-        self.reuse = {experience: self.reuse[experience] for _, experience in kept if experience in self.reuse}
-        return num_dropped
+        self.reuse = {experience: self.reuse[experience] for _, experience in self.rows if experience in self.reuse}
+        return num_before - len(self.rows)
 
     def evict(self, victim):
-        num_dropped = self.drop(lambda row: row[1] is not victim)
-        self.evicted += num_dropped
-        return num_dropped
+        self.evicted += self.drop(lambda name, experience: experience is not victim)
 
     def limit(self, *names):
         for name in names:
@@ -69,19 +81,22 @@ class Twin:
             self.retire(name)
             return 0
         num_inserted = 0
-        for experience in experiences:
-            if experience.token_ids.tolist() in [stored.token_ids.tolist() for stored in self.of(name)]:
-                self.duplicates += 1
+        parts = [(experience,) for experience in experiences]
+        if self.unit == "group":
+            parts = [tuple(experiences)] if experiences and correct < K else []
+        for part in parts:
+            if tokens_in(part) in [tokens_in(stored) for stored in self.groups(name)]:
+                self.duplicates += len(part)
             else:
-                self.rows.append((name, experience))
-                num_inserted += 1
+                self.parts.append((name, part))
+                num_inserted += len(part)
         if self.of(name):
             self.bucket[name] = correct if bucket is None else bucket
         self.limit(name)
         return num_inserted
 
     def retire(self, name):
-        self.drop(lambda row: row[0] != name)
+        self.drop(lambda owner, experience: owner != name)
         if name not in self.retired:
             self.retired.append(name)
 
@@ -100,19 +115,28 @@ def assert_same(buffer, twin):
     assert list(buckets.items()) == sorted(expected.items())
     for name in twin.bucket:
         assert list(buffer.completions(name)) == twin.of(name)
+        if twin.unit == "group":
+            assert list(buffer.groups(name)) == twin.groups(name)
     assert buffer._store.reuse == twin.reuse
 
 
+@pytest.mark.parametrize("unit", ["completion", "group"])
 @pytest.mark.parametrize(
     ("capacity", "per_question", "retire_solved"),
     [(None, None, True), (25, None, False), (None, 2, True), (20, 3, True)],
 )
-def test_random_operations_match_the_slow_twin(capacity, per_question, retire_solved):
+def test_random_operations_match_the_slow_twin(capacity, per_question, retire_solved, unit):
     chance = random.Random(f"{capacity} {per_question}")
+    whole = K if unit == "group" else 1
+    per_question = per_question and per_question * whole + whole // 2
     buffer = ExperienceBuffer(
-        group_size=K, capacity=capacity, max_completions_per_question=per_question, retire_solved=retire_solved
+        group_size=K,
+        capacity=capacity,
+        max_completions_per_question=per_question,
+        retire_solved=retire_solved,
+        unit=unit,
     )
-    twin = Twin(capacity, per_question, retire_solved)
+    twin = Twin(capacity, per_question, retire_solved, unit)
     names = [f"q{number}" for number in range(200)]
     used = set()
     most_replays = 0
@@ -126,9 +150,11 @@ def test_random_operations_match_the_slow_twin(capacity, per_question, retire_so
         if operation == "collect":
             group = [
                 make(
-                    *chance.choices(range(3), k=chance.randint(1, 3)), version=max(0, step // 10 - chance.randrange(4))
+                    # Few groups, too, so that some are the same.
+                    *(chance.choices(range(3), k=chance.randint(1, 3)) if whole == 1 else [chance.randrange(2)]),
+                    version=max(0, step // 10 - chance.randrange(4)),
                 )
-                for _ in range(chance.randint(0, 3))
+                for _ in range(chance.randint(0, 3) if unit == "completion" else chance.choice([0, K, K, K]))
             ]
             correct = chance.choices(range(K + 1), [2, 6, 6, 6, 1])[0]
             bucket = chance.choice([None, None, chance.randint(0, K)])
@@ -136,13 +162,16 @@ def test_random_operations_match_the_slow_twin(capacity, per_question, retire_so
             assert given == twin.collect(name, group, correct, bucket)
         elif operation == "evict" and twin.rows:
             name, victim = chance.choice(twin.rows)
-            assert buffer.evict(name, make(*victim.token_ids)) is True
-            twin.evict(victim)
+            victim = chance.choice([victim, make(*victim.token_ids)])
+            assert buffer.evict(name, victim) is True
+            twin.evict(twin.find(name, victim))
         elif operation == "note" and twin.rows:
             name, used_again = chance.choice(twin.rows)
-            record = Reuse(buffer.reuse(used_again).num_replays + 1, chance.random(), chance.random(), step)
-            assert buffer.note_reuse(name, chance.choice([used_again, make(*used_again.token_ids)]), record) is True
-            twin.reuse[used_again] = record
+            used_again = chance.choice([used_again, make(*used_again.token_ids)])
+            found = twin.find(name, used_again)
+            record = Reuse(buffer.reuse(found).num_replays + 1, chance.random(), chance.random(), step)
+            assert buffer.note_reuse(name, used_again, record) is True
+            twin.reuse[found] = record
             most_replays = max(most_replays, record.num_replays)
         elif operation == "foreign":
             assert buffer.note_reuse(name, make(9, 9), Reuse(1)) is False
@@ -152,11 +181,11 @@ def test_random_operations_match_the_slow_twin(capacity, per_question, retire_so
             twin.retire(name)
         elif operation == "age":
             oldest = max(0, step // 10 - chance.randrange(2, 9))
-            num_dropped = twin.drop(lambda row, oldest=oldest: row[1].policy_version >= oldest)
+            num_dropped = twin.drop(lambda _, experience, oldest=oldest: experience.policy_version >= oldest)
             twin.evicted += num_dropped
             assert buffer.evict_older_than(oldest) == num_dropped
         elif operation == "limits" and capacity:
-            twin.capacity, twin.per_question = chance.randint(5, 40), chance.choice([None, 1, 3])
+            twin.capacity, twin.per_question = chance.randint(5, 40), chance.choice([None, whole, 3 * whole])
             # What goes first when both limits shrink: each question's own limit.
             twin.limit(*twin.bucket)
             buffer.set_limits(capacity=twin.capacity, max_completions_per_question=twin.per_question)
@@ -499,12 +528,12 @@ class NoWalkList(list):
     __hash__ = None
 
 
-def big_buffer(num_questions):
-    buffer = ExperienceBuffer(group_size=K)
+def big_buffer(num_questions, unit):
+    buffer = ExperienceBuffer(group_size=K, unit=unit)
     for number in range(num_questions):
-        collect(
-            buffer, f"q{number}", make(number % 1000, version=number * 16 // num_questions), correct=1 + number % 3
-        )
+        version = number * 16 // num_questions
+        parts = [make(number % 1000, version=version) for _ in range(K if unit == "group" else 1)]
+        collect(buffer, f"q{number}", *parts, correct=1 + number % 3)
     # From here on, to walk anything that grows with the buffer is an error.
     buffer._store.questions = NoWalkDict(buffer._store.questions)
     buffer._retired = NoWalkDict(buffer._retired)
@@ -536,12 +565,16 @@ def lines_executed(function):
     return num_lines
 
 
-def test_no_operation_on_the_training_path_walks_the_buffer():
+@pytest.mark.parametrize("unit", ["completion", "group"])
+def test_no_operation_on_the_training_path_walks_the_buffer(unit):
+    def new(version):
+        return [make(1, version=version) for _ in range(K if unit == "group" else 1)]
+
     def operations(buffer):
         size = buffer.num_questions
         return {
-            "insert": lambda: collect(buffer, "new", make(1, version=20)),
-            "insert and move": lambda: collect(buffer, "q7", make(1, version=20), correct=3),
+            "insert": lambda: collect(buffer, "new", *new(20)),
+            "insert and move": lambda: collect(buffer, "q7", *new(20), correct=3),
             "evict": lambda: buffer.evict("q8", make(8)),
             "retire": lambda: buffer.retire("q9"),
             "draw": lambda: (
@@ -553,12 +586,12 @@ def test_no_operation_on_the_training_path_walks_the_buffer():
             "evict stale": lambda: buffer.evict_older_than(0),
             "replace at capacity": lambda: (
                 setattr(buffer, "_capacity", buffer.num_completions),
-                collect(buffer, "newer", make(1, version=21)),
+                collect(buffer, "newer", *new(21)),
             ),
             "still all there": lambda: pytest.fail("lost") if buffer.num_questions < size - 3 else None,
         }
 
-    small, large = operations(big_buffer(300)), operations(big_buffer(6000))
+    small, large = operations(big_buffer(300, unit)), operations(big_buffer(6000, unit))
     for name in small:
         assert lines_executed(small[name]) == lines_executed(large[name]), name
 

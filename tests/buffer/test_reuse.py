@@ -151,7 +151,13 @@ def test_datasets_keep_records():
             "known_at": [7, None, 9, None],
         }
     )
-    for source in (dataset, datasets.Dataset.from_list(dataset.to_list()), dataset.with_format("numpy")):
+    for source in (
+        dataset,
+        datasets.Dataset.from_list(dataset.to_list()),
+        dataset.with_format("numpy"),
+        datasets.Dataset.from_pandas(dataset.to_pandas()),
+        dataset.map(lambda row: {"known_entropy": math.nan if row["known_entropy"] is None else row["known_entropy"]}),
+    ):
         again = ExperienceBuffer.from_dataset(source, group_size=K)
         assert records(again) == records(buffer)
         assert again.check_valid() == (True, "")

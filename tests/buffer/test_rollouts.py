@@ -5,6 +5,8 @@ import gc
 import json
 import pickle
 import random
+import subprocess
+import sys
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 from rewriting import rewritten, with_column
 
 from exgrpo_trl import Experience, ExperienceBuffer, ExperienceBufferError, Question, RolloutDetails, StoredImage
-from exgrpo_trl.buffer import files, metadata, tables
+from exgrpo_trl.buffer import detail_columns, files, metadata, tables
 from exgrpo_trl.images import stored
 
 Image = pytest.importorskip("PIL.Image")
@@ -262,6 +264,42 @@ def test_files_of_text_stay_as_small_as_they_were(tmp_path):
     assert sum(size for name, size in sizes.items() if name.split(".")[0] in tables.LATER_COLUMNS) < 0.01 * sum(
         sizes.values()
     )
+
+
+def test_damaged_images_are_refused_for_their_checksum_whatever_reading_them_does(tmp_path):
+    path = tmp_path / "buffer"
+    filled().save(path)
+    file = path / "images.parquet"
+    content = file.read_bytes()
+    for position in [*random.Random(0).sample(range(len(content)), 40), 0, len(content) - 1]:
+        damaged = bytearray(content)
+        damaged[position] ^= 255
+        file.write_bytes(damaged)
+        with pytest.raises(ExperienceBufferError, match=r"checksum of images\.parquet does not match"):
+            ExperienceBuffer.load(path)
+    file.write_bytes(content[:-9])
+    with pytest.raises(ExperienceBufferError, match=rf"images\.parquet has {len(content) - 9} bytes"):
+        ExperienceBuffer.load(path)
+
+
+def test_loading_does_not_import_pandas(tmp_path):
+    """It takes 0.2 s, and is not needed."""
+    filled().save(tmp_path / "buffer")
+    code = (
+        "import sys; from exgrpo_trl import ExperienceBuffer as B; B.load(sys.argv[1]); print('pandas' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "buffer")]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("kind", [pa.int32(), pa.int64(), pa.float64()])
+def test_numbers_of_arrow_arrays(kind):
+    whole = pa.array([1, None, 3, 4, None, 6, 7, 8, 9, None], kind)
+    for array in (whole, whole[1:8], whole[3:3], whole[5:9], pa.array([], kind), pa.nulls(3, kind)):
+        valid = detail_columns.valid_in(array)
+        assert valid.dtype == bool
+        assert valid.tolist() == [value is not None for value in array.to_pylist()]
+        assert detail_columns.numbers_of(array)[valid].tolist() == array.drop_null().to_pylist()
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,27 @@ def test_show_counts_turns_and_images(path, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["counts"]["images"] == 0
 
 
+def test_show_counts_groups(path, tmp_path, capsys):
+    buffer = ExperienceBuffer(unit="group")
+    for name, first in (("a", 1), ("a", 5), ("b", 1)):
+        group = [Experience.create([first + row], [-0.5], policy_version=1, reward=1.0) for row in range(4)]
+        buffer.collect(Question(name, {"prompt": "a"}), group, num_correct=2, group_size=4)
+    buffer.save(tmp_path / "buffer")
+    assert main(["show", str(tmp_path / "buffer")]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "groups 3" in lines
+    assert "unit group" in lines
+    assert main(["show", str(tmp_path / "buffer"), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["counts"]["groups"], summary["counts"]["completions"]) == (3, 12)
+    assert summary["settings"]["unit"] == "group"
+    # A buffer of single completions does not speak of them.
+    assert main(["show", str(path), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert "groups" not in summary["counts"]
+    assert "unit" not in summary["settings"]
+
+
 def test_show_empty_buffer(tmp_path, capsys):
     ExperienceBuffer().save(tmp_path / "buffer")
     assert main(["show", str(tmp_path / "buffer")]) == 0

@@ -59,6 +59,15 @@ SETTINGS = {
         "save_steps": 5,
     },
     "stepping_back": {"min_effective_sample_size": 0.9, "learning_rate": 2e-2, "max_steps": 8, "save_steps": 4},
+    "groups": {"replay_unit": "group", "max_steps": 8, "save_steps": 4},
+    "random_groups": {
+        "replay_unit": "group",
+        "group_selection": "random",
+        "max_replays": 2,
+        "replay_cooldown": 1,
+        "max_steps": 10,
+        "save_steps": 5,
+    },
     "carried": {"replay_fraction": 0.4, "max_steps": 8, "save_steps": 3},  # 1.6 questions of 4
 }
 

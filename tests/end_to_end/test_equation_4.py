@@ -67,6 +67,32 @@ CASES = {
         "gradient_accumulation_steps": 2,
     },
     "last_known": {"candidate_scores": "last_known", "stored_per_group": 2, "num_iterations": 2},
+    # Whole groups: advantages of both signs.
+    "groups": {"replay_unit": "group"},
+    "groups_grpo": {"replay_unit": "group", "loss_type": "grpo"},
+    "groups_bnpo": {"replay_unit": "group", "loss_type": "bnpo"},
+    "groups_dr_grpo": {"replay_unit": "group", "loss_type": "dr_grpo", "scale_rewards": "none"},
+    "groups_cispo": {"replay_unit": "group", "loss_type": "cispo", "epsilon_high": 5.0},
+    "groups_sapo": {"replay_unit": "group", "loss_type": "sapo"},
+    "groups_luspo": {"replay_unit": "group", "loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "groups_vespo": {"replay_unit": "group", "loss_type": "vespo"},
+    "groups_balanced": {"replay_unit": "group", "loss_type": "grpo", "replay_weighting": "balanced"},
+    "groups_clipped": {"replay_unit": "group", "loss_type": "grpo", "replay_weighting": "clipped"},
+    "groups_truncated": {"replay_unit": "group", "loss_type": "grpo", "replay_weighting": "truncated"},
+    "groups_none": {"replay_unit": "group", "loss_type": "grpo", "replay_weighting": "none"},
+    "groups_clipped_sapo": {"replay_unit": "group", "loss_type": "sapo", "replay_weighting": "clipped"},
+    "groups_sequence_level_clipped": {
+        "replay_unit": "group",
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "replay_weighting": "clipped",
+    },
+    "groups_kl_num_iterations": {"replay_unit": "group", "loss_type": "grpo", "beta": 0.1, "num_iterations": 2},
+    "groups_accumulation": {
+        "replay_unit": "group",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+    },
 }
 
 
@@ -79,6 +105,8 @@ def test_loss_and_gradient(tmp_path, case):
     trainer.train()
     assert trainer.log_ratios, "nothing was replayed"
     assert max(ratio.abs().max() for ratio in trainer.log_ratios) > 0.05, "the policy never moved"
+    if options.get("replay_unit") == "group":
+        assert min(trainer.replayed_advantages) < 0 < max(trainer.replayed_advantages)
     if options.get("per_device_train_batch_size") == 1:
         assert trainer.num_only_replayed
         assert trainer.num_fresh

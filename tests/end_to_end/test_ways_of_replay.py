@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import completion_logps, make_trainer, tiny_dataset
 
-from exgrpo_trl import CompletionSelector, ExGRPOTrainer
+from exgrpo_trl import CompletionSelector, ExGRPOTrainer, question_id_of
 
 K = 4
 
@@ -55,7 +55,8 @@ class Watched(ExGRPOTrainer):
 
     def scores_of(self, policy, question_id, experience):
         """Mean entropy, negative log-likelihood and drift under a policy, in float64."""
-        prompt = self.processing_class(self.experience_buffer.question(question_id).example["prompt"])["input_ids"]
+        (text,) = (prompt for prompt in self.train_dataset["prompt"] if question_id_of(prompt) == question_id)
+        prompt = self.processing_class(text)["input_ids"]
         with torch.no_grad():
             logps, entropies = completion_logps(policy, prompt, experience.token_ids.copy())
         drift = np.abs(logps.numpy() - experience.behavior_per_token_logps).mean()

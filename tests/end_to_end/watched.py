@@ -70,12 +70,14 @@ class WatchedTrainer(ExGRPOTrainer):
         self.log_ratios, self.sampler_weights = [], []
         self.num_mixed, self.num_only_replayed, self.num_fresh = 0, 0, 0
         self.num_foreign = 0  # tokens that the model did not write
+        self.replayed_advantages = []
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not self.model.training:
             return loss
         is_replayed = inputs["is_replayed"]
+        self.replayed_advantages += inputs["advantages"][is_replayed].tolist()
         self.num_only_replayed += bool(is_replayed.all())
         self.num_mixed += bool(is_replayed.any() and not is_replayed.all())
         self.num_fresh += bool(not is_replayed.any())

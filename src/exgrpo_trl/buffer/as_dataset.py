@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..images import StoredImage, map_images, pixel_digest
 from ..records import Experience, Question, Reuse
@@ -20,6 +19,7 @@ from .image_pool import stored_images_in
 from .reuse_columns import REUSE_SCHEMA, reuse_from_table, reuse_to_arrays
 from .tables import (
     EXPERIENCE_SCHEMA,
+    GROUP_SCHEMA,
     LATER_COLUMNS,
     QUESTION_SCHEMA,
     array_of,
@@ -27,6 +27,8 @@ from .tables import (
     bytes_of,
     experiences_from_table,
     experiences_to_arrays,
+    group_numbers,
+    num_tokens_in,
     with_later_columns,
 )
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DATASET_SCHEMA = pa.unify_schemas([QUESTION_SCHEMA, EXPERIENCE_SCHEMA, REUSE_SCHEMA])
+_IMPORTED_SCHEMA = pa.unify_schemas([DATASET_SCHEMA, GROUP_SCHEMA])
 # The same JSON in every row. Datasets drop everything but columns on their way through Parquet files.
 PROVENANCE = "provenance"
 # Of datasets with images or details. `details` alone is exact: `messages` and `is_model` are there to be read.
@@ -61,18 +64,20 @@ class _Row(NamedTuple):
 
 
 class ImportedRow(NamedTuple):
-    """A row of a dataset of stored completions; `reuse` is `None` where it has no record."""
+    """A row of a dataset of stored completions; `reuse` and `group` are `None` where it has none."""
 
     question: Question
     experience: Experience
     bucket: int
     reuse: Reuse | None
+    group: int | None
 
 
 def completions_to_dataset(
     items: Iterable[tuple[Question, int, Experience]],
     provenance: Mapping[str, Any],
     reuse: Mapping[Experience, Reuse],
+    group_size: int | None,
 ) -> Dataset:
     """
     Dataset of the stored completions, one per row.
@@ -81,7 +86,8 @@ def completions_to_dataset(
     `behavior_per_token_logps` (nats), `policy_version` (optimizer steps), `reward`, `entropy` (nats, NaN if unknown)
     `prompt_hash` (0 if unknown), the record of [`Reuse`] as `num_replays` (0 without one), `known_entropy`,
     `known_negative_log_likelihood` and `known_at` (null without one), and `provenance` (JSON, null if unknown, the
-    same in every row). Rows go by bucket, question and age.
+    same in every row). Rows go by bucket, question and age. Completions of one group share the number in the column
+    `group`, which is there where whole groups are stored.
 
     Where a question has images, or a completion has [`RolloutDetails`], there are five more:
 
@@ -103,13 +109,17 @@ def completions_to_dataset(
             What the tokens depend on, see [`ExperienceBuffer`].
         reuse (`Mapping[Experience, Reuse]`):
             Records of those completions that have one.
+        group_size (`int` or `None`):
+            Completions of every group, which follow each other; `None` where completions are stored one by one.
     """
     from datasets import Dataset
 
     rows = list(_rows_of(items))
     has_rollouts = any(row.images or row.experience.details is not None for row in rows)
-    schema = pa.unify_schemas([DATASET_SCHEMA, _ROLLOUT_SCHEMA]) if has_rollouts else DATASET_SCHEMA
-    batches = []
+    parts = [(GROUP_SCHEMA, group_size is not None), (_ROLLOUT_SCHEMA, has_rollouts)]
+    schema = pa.unify_schemas([DATASET_SCHEMA, *(part for part, is_there in parts if is_there)])
+    batches: list[pa.RecordBatch] = []
+    num_written = 0
     for batch in bounded(rows, lambda row: row.num_bytes):
         question_ids, examples, buckets, _, experiences = zip(*batch, strict=True)
         columns = [
@@ -119,8 +129,10 @@ def completions_to_dataset(
         columns += experiences_to_arrays(experiences) + reuse_to_arrays(
             [reuse.get(experience) for experience in experiences]
         )
+        columns += [] if group_size is None else [group_numbers(num_written, len(batch), group_size)]
         columns += _rollout_arrays(batch) if has_rollouts else []
         batches.append(pa.record_batch(columns, schema=schema))
+        num_written += len(batch)
     table = pa.Table.from_batches(batches, schema=schema)
     text = pa.scalar(json.dumps(provenance, sort_keys=True) if provenance else None, pa.string())
     table = table.append_column(PROVENANCE, pa.repeat(text, len(table)))
@@ -129,7 +141,7 @@ def completions_to_dataset(
 
 def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
     """
-    Question, completion, bucket and record of every row of a dataset; the inverse of [`completions_to_dataset`].
+    What is in every row of a dataset; the inverse of [`completions_to_dataset`].
 
     Args:
         dataset (`datasets.Dataset`):
@@ -149,7 +161,7 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
             f"The dataset lacks the columns {missing}; it has {dataset.column_names}. ExperienceBuffer.to_dataset() "
             "shows what is expected."
         )
-    read = [*DATASET_SCHEMA.names, "images", "image_digests", "details"]
+    read = [*_IMPORTED_SCHEMA.names, "images", "image_digests", "details"]
     read = [name for name in read if name in dataset.column_names]
     images: dict[str, StoredImage] = {}
     question = None
@@ -158,7 +170,7 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
     batch_size = 64 if "images" in read else 1024
     for table in dataset.select_columns(read).with_format("arrow").iter(batch_size=batch_size):
         try:
-            batch = with_later_columns(table, DATASET_SCHEMA).select(DATASET_SCHEMA.names).cast(DATASET_SCHEMA)
+            batch = with_later_columns(table, _IMPORTED_SCHEMA).select(_IMPORTED_SCHEMA.names).cast(_IMPORTED_SCHEMA)
             details = _detail_columns(table)
             digests, contents = (_pylist(table, name) for name in ("image_digests", "images"))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
@@ -170,15 +182,14 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
             require(not batch.column(name).null_count, f"`{name}` is never null")
         for of_row in zip(digests, contents, strict=True):
             _add_images(images, *of_row)
-        num_tokens = pc.list_value_length(array_of(batch, "token_ids")).to_numpy(zero_copy_only=False)
-        experiences = experiences_from_table(batch, details_from_columns(details, num_tokens, images))
-        columns = (batch.column(name).to_pylist() for name in QUESTION_SCHEMA.names)
-        records = reuse_from_table(batch)
-        for experience, record, question_id, example, bucket in zip(experiences, records, *columns, strict=True):
+        experiences = experiences_from_table(batch, details_from_columns(details, num_tokens_in(batch), images))
+        columns = (batch.column(name).to_pylist() for name in (*QUESTION_SCHEMA.names, *GROUP_SCHEMA.names))
+        rows = zip(experiences, reuse_from_table(batch), *columns, strict=True)
+        for experience, reuse, question_id, example, bucket, group in rows:
             # Rows of a question follow each other, with one text.
             if question is None or question_id != question.question_id or example != text:
                 question, text = Question(question_id, example_from_text(example, images)), example
-            yield ImportedRow(question, experience, bucket, record)
+            yield ImportedRow(question, experience, bucket, reuse, group)
 
 
 def provenance_from_dataset(dataset: Dataset) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Replay buffer of correct completions, bucketed by how often their question was solved (paper section 3.1)."""
+"""Replay buffer of completions, or of groups, bucketed by how often their question was solved (paper section 3.1)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ..images import referenced
-from ..records import Experience, Question, Reuse, as_integer
+from ..images import StoredImage, referenced
+from ..records import Experience, Question, Reuse
 from ..strategies.eviction import EvictionFunction, Oldest
 from ..strategies.samplers import GaussianSampler, SamplingFunction, check_drawn
 from ..values import plain
+from .groups import check_whole
 from .indices import BucketView
 from .invariants import violations
-from .store import Store, StoredQuestion
+from .settings import COMPLETION, GROUP, check_limits, checked_count, checked_size, checked_unit
+from .store import Store
+from .stored_questions import StoredCompletions, StoredGroups, StoredQuestion
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +33,9 @@ class ExperienceBuffer:
     is solved every time ("retired"), and until its next success when its last completion is evicted. Inserting,
     removing and drawing take constant time: nothing on the training path walks the buffer.
 
+    With `unit="group"` it keeps whole groups, failures included, which come and go whole: what is said of a completion
+    that leaves holds for its group, while counts and limits are of completions.
+
     Args:
         group_size (`int`, *optional*):
             Completions per question at training time (K). By default that of the first collected group.
@@ -41,6 +47,8 @@ class ExperienceBuffer:
             Whether a question whose whole group is correct is retired.
         seed (`int`, *optional*, defaults to `0`):
             Seed of `rng`.
+        unit (`"completion"` or `"group"`, *optional*, defaults to `"completion"`):
+            What is kept: correct completions, one by one, or whole groups.
 
     Attributes:
         eviction (`Callable`):
@@ -54,10 +62,11 @@ class ExperienceBuffer:
         num_evicted (`int`):
             Completions removed so far by a limit, by age or by [`~ExperienceBuffer.evict`].
         num_duplicates (`int`):
-            Completions refused so far because their question already had the same tokens.
+            Completions refused so far because their question already had the same tokens; of whole groups, because it
+            had the same ones in the same order.
 
     Raises:
-        ValueError: if a size is below 1.
+        ValueError: if a size is below 1, the unit is none, or a limit could never hold a group that is kept whole.
     """
 
     def __init__(
@@ -68,10 +77,13 @@ class ExperienceBuffer:
         max_completions_per_question: int | None = None,
         retire_solved: bool = True,
         seed: int = 0,
+        unit: str = COMPLETION,
     ) -> None:
-        self._group_size = _checked_size("group_size", group_size)
-        self._capacity = _checked_size("capacity", capacity)
-        self._max_per_question = _checked_size("max_completions_per_question", max_completions_per_question)
+        self._unit = checked_unit(unit)
+        self._group_size = checked_size("group_size", group_size)
+        self._capacity = checked_size("capacity", capacity)
+        self._max_per_question = checked_size("max_completions_per_question", max_completions_per_question)
+        self._check_limits(self._group_size, self._capacity, self._max_per_question)
         self._retire_solved = retire_solved
         self.eviction: EvictionFunction = Oldest()
         self.rng = np.random.Generator(np.random.PCG64(seed))
@@ -79,13 +91,18 @@ class ExperienceBuffer:
         self.replay_state: dict[str, Any] = {}
         self.num_evicted = 0
         self.num_duplicates = 0
-        self._store = Store()
+        self._store = Store(StoredGroups if self._unit == GROUP else StoredCompletions)
         self._retired: dict[str, None] = {}
 
     @property
     def group_size(self) -> int | None:
         """Completions per question at training time (K), `None` until it is known."""
         return self._group_size
+
+    @property
+    def unit(self) -> str:
+        """What is kept: `"completion"` or `"group"`."""
+        return self._unit
 
     @property
     def capacity(self) -> int | None:
@@ -154,12 +171,27 @@ class ExperienceBuffer:
 
     def completions(self, question_id: str) -> tuple[Experience, ...]:
         """
-        The stored completions of a question, oldest first.
+        The stored completions of a question, oldest first; of whole groups, group after group.
 
         Raises:
             KeyError: if the buffer holds no completion of that question.
         """
-        return tuple(self._stored(question_id).completions.values())
+        return tuple(self._stored(question_id))
+
+    def groups(self, question_id: str) -> tuple[tuple[Experience, ...], ...]:
+        """
+        The stored groups of a question, oldest first, each in the order in which it came.
+
+        Raises:
+            KeyError: if the buffer holds no group of that question.
+            ValueError: if it keeps completions one by one.
+        """
+        if self._unit != GROUP:
+            raise ValueError(
+                f"This experience buffer keeps completions one by one, not groups. Make it with unit={GROUP!r}."
+            )
+        stored = self._stored(question_id)
+        return tuple(stored.groups.values()) if isinstance(stored, StoredGroups) else ()
 
     def reuse(self, experience: Experience) -> Reuse:
         """How a stored completion was used so far; what is known from its generation if nothing was noted of it."""
@@ -212,7 +244,7 @@ class ExperienceBuffer:
             KeyError: if there is none.
         """
         if question_id is not None:
-            return question_id, next(iter(self._stored(question_id).completions.values()))
+            return question_id, next(iter(self._stored(question_id)))
         version = self._store.versions.oldest()
         if version is None:
             raise KeyError("The experience buffer is empty.")
@@ -240,12 +272,16 @@ class ExperienceBuffer:
         that is already stored moves to its new bucket even if all its completions are duplicates. Groups of one
         question must arrive in batch order: the latest decides the bucket.
 
+        With `unit="group"` all of a group is stored; of a solved one whose question does not retire nothing is, as it
+        has no failure to tell its successes from.
+
         Args:
             question ([`Question`]):
                 The question; of a stored one the first example is kept. Images of Pillow in it are kept as
                 [`StoredImage`].
             experiences (`Sequence[Experience]`):
-                The correct fresh completions of the group.
+                The correct fresh completions of the group. With `unit="group"` all completions of the group in order,
+                or none: then a stored question moves to its new bucket, and that is all.
             num_correct (`int`):
                 Correct completions of the group, a replayed one included.
             group_size (`int`):
@@ -260,7 +296,7 @@ class ExperienceBuffer:
         Raises:
             TypeError: if the question or an experience is not one.
             ValueError: if a number is out of range, the group size is not the buffer's, the question id belongs to
-                another prompt, or an image cannot be stored.
+                another prompt, an image cannot be stored, or a group that would be stored whole is not.
         """
         if not isinstance(question, Question):
             raise TypeError(f"`question` must be a Question, got {type(question).__name__}.")
@@ -270,15 +306,21 @@ class ExperienceBuffer:
                     f"`experiences` must be Experience objects, got {type(experience).__name__}; build them with "
                     "Experience.create(...)."
                 )
-        group_size = _checked_size("group_size", group_size) or 0
+        group_size = checked_size("group_size", group_size) or 0
         if group_size != (self._group_size or group_size):
             raise ValueError(
                 f"This experience buffer holds groups of {self._group_size}, got `group_size`={group_size}. Keep "
                 "`num_generations` as it was, or start with an empty buffer."
             )
-        num_correct = _checked_count("num_correct", num_correct, group_size)
-        bucket = num_correct if bucket is None else _checked_count("bucket", bucket, group_size)
+        num_correct = checked_count("num_correct", num_correct, group_size)
+        bucket = num_correct if bucket is None else checked_count("bucket", bucket, group_size)
         self._check_prompt(question)
+        if self._unit == GROUP:
+            self._check_limits(group_size, self._capacity, self._max_per_question)
+            if num_correct == group_size:
+                experiences = ()
+            elif num_correct > 0 and question.question_id not in self._retired:
+                check_whole(experiences, group_size)
         self._group_size = group_size
         if question.question_id in self._retired:
             return 0
@@ -330,13 +372,12 @@ class ExperienceBuffer:
     def retire(self, question_id: str) -> None:
         """Remove a question for good, whether stored or not; later groups of it are ignored."""
         self._retired[question_id] = None
-        if stored := self._store.questions.get(question_id):
-            for experience in list(stored.completions.values()):
-                self._store.remove(question_id, experience)
+        if question_id in self._store.questions:
+            self._store.remove_question(question_id)
 
     def evict(self, question_id: str, experience: Experience) -> bool:
         """
-        Remove one stored completion.
+        Remove one stored completion; with `unit="group"` the whole group that holds it.
 
         Args:
             question_id (`str`):
@@ -350,13 +391,12 @@ class ExperienceBuffer:
         found = self._store.find(question_id, experience)
         if found is None:
             return False
-        self._store.remove(question_id, found)
-        self.num_evicted += 1
+        self.num_evicted += self._store.remove(question_id, found)
         return True
 
     def evict_older_than(self, policy_version: int) -> int:
         """
-        Remove the completions of every policy version below `policy_version`.
+        Remove the completions of every policy version below `policy_version`; a whole group with one of them.
 
         Args:
             policy_version (`int`):
@@ -381,11 +421,12 @@ class ExperienceBuffer:
                 Most completions kept per question, `None` for no limit.
 
         Raises:
-            ValueError: if a limit is below 1.
+            ValueError: if a limit is below 1, or could never hold a group that is kept whole.
         """
-        checked_capacity = _checked_size("capacity", capacity)
-        self._max_per_question = _checked_size("max_completions_per_question", max_completions_per_question)
-        self._capacity = checked_capacity
+        checked_capacity = checked_size("capacity", capacity)
+        checked_max = checked_size("max_completions_per_question", max_completions_per_question)
+        self._check_limits(self._group_size, checked_capacity, checked_max)
+        self._capacity, self._max_per_question = checked_capacity, checked_max
         for question_id in self._store.questions:
             self._apply_question_limit(question_id)
         self._apply_capacity()
@@ -444,7 +485,8 @@ class ExperienceBuffer:
         """One row per stored completion, see [`completions_to_dataset`]; retired questions are not in it."""
         from .as_dataset import completions_to_dataset
 
-        return completions_to_dataset(self.items(), self.provenance, self._store.reuse)
+        group_size = (self._group_size or 1) if self._unit == GROUP else None
+        return completions_to_dataset(self.items(), self.provenance, self._store.reuse, group_size)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, *, group_size: int, **kwargs: Any) -> ExperienceBuffer:
@@ -454,26 +496,21 @@ class ExperienceBuffer:
         Args:
             dataset (`datasets.Dataset`):
                 One row per completion, with the columns of [`~ExperienceBuffer.to_dataset`]; `provenance` may be
-                missing. Of several rows of a question the last one decides the bucket.
+                missing. Of several rows of a question the last one decides the bucket. Whole groups need
+                `unit="group"`; their rows must follow each other.
             group_size (`int`):
                 Completions per question at training time (K).
             **kwargs:
                 Further arguments of [`ExperienceBuffer`].
 
         Raises:
-            ValueError: if a column is missing or holds something else, or the provenance of two rows differs.
+            ValueError: if a column is missing or holds something else, the provenance of two rows differs, or a group
+                is not whole.
         """
-        from .as_dataset import completions_from_dataset, provenance_from_dataset
+        from .from_dataset import fill_from_dataset
 
         buffer = cls(group_size=group_size, **kwargs)
-        for question, experience, bucket, reuse in completions_from_dataset(dataset):
-            buffer._check_prompt(question)
-            records = {} if reuse is None else {experience: reuse}
-            _, num_duplicates = buffer._store.insert(
-                question, [experience], _checked_count("bucket", bucket, group_size), records
-            )
-            buffer.num_duplicates += num_duplicates
-        buffer.provenance = provenance_from_dataset(dataset)
+        fill_from_dataset(buffer, dataset, group_size)
         buffer.set_limits(capacity=buffer.capacity, max_completions_per_question=buffer.max_completions_per_question)
         return buffer
 
@@ -496,13 +533,17 @@ class ExperienceBuffer:
                 "(`question_id_column=None`)."
             )
 
+    def _check_limits(self, group_size: int | None, capacity: int | None, max_per_question: int | None) -> None:
+        if self._unit == GROUP:
+            check_limits(group_size, capacity=capacity, max_completions_per_question=max_per_question)
+
     def _apply_capacity(self) -> None:
         while self._capacity is not None and self.num_completions > self._capacity:
             self._evict_by_rule(None)
 
     def _apply_question_limit(self, question_id: str) -> None:
         stored = self._store.questions.get(question_id)
-        while stored and self._max_per_question is not None and len(stored.completions) > self._max_per_question:
+        while stored and self._max_per_question is not None and len(stored) > self._max_per_question:
             self._evict_by_rule(question_id)
 
     def _evict_by_rule(self, question_id: str | None) -> None:
@@ -517,27 +558,12 @@ class ExperienceBuffer:
 
     def _restore(
         self,
-        questions: Iterable[tuple[Question, int, Sequence[Experience]]],
+        questions: Iterable[tuple[Question, int, Iterable[Sequence[Experience]]]],
         by_age: Iterable[tuple[Experience, str]],
         retired: Iterable[str],
         reuse: Mapping[Experience, Reuse],
+        images: Iterable[StoredImage],
     ) -> None:
         """Fill an empty buffer so that every order is as it was: of bucket, question, policy version, retirement."""
-        self._store.restore(questions, by_age, reuse)
+        self._store.restore(questions, by_age, reuse, images)
         self._retired.update(dict.fromkeys(retired))
-
-
-def _checked_size(name: str, value: int | None) -> int | None:
-    if value is None:
-        return None
-    size = as_integer(name, value, " or None")
-    if size < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {size}; use None for no limit.")
-    return size
-
-
-def _checked_count(name: str, value: int, group_size: int) -> int:
-    count = as_integer(name, value)
-    if not 0 <= count <= group_size:
-        raise ValueError(f"`{name}` must lie in 0..{group_size}, got {count}.")
-    return count

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..images import StoredImage
 from ..records import Experience, ExperienceBufferError, Question, Reuse
-from .detail_columns import DETAIL_SCHEMA, details_from_columns, details_to_arrays
+from .detail_columns import DETAIL_SCHEMA, details_from_columns, details_to_arrays, require
 from .disk import rename, sync
+from .groups import whole_groups
 from .image_files import example_from_text, example_to_text, read_images, write_images
 from .locations import find_buffer, hidden_names, resolved
 from .metadata import (
@@ -27,21 +27,27 @@ from .metadata import (
     QUESTIONS_FILE,
     RESUME_HINT,
     RETIRED_FILE,
+    check_file,
     data_files,
-    digests,
+    described,
     fail,
     metadata_text,
     read_metadata,
 )
 from .reuse_columns import REUSE_SCHEMA, reuse_from_table, reuse_to_arrays
+from .settings import GROUP
 from .tables import (
     EXPERIENCE_SCHEMA,
+    GROUP_SCHEMA,
     QUESTION_SCHEMA,
     array_of,
     bounded,
     bytes_of,
     experiences_from_table,
     experiences_to_arrays,
+    group_numbers,
+    num_tokens_in,
+    row_groups,
     with_later_columns,
 )
 
@@ -53,10 +59,20 @@ Buffer = TypeVar("Buffer", bound="ExperienceBuffer")
 # `question` is a row number of the questions file. `age_rank` orders the completions of a policy version, which need
 # not be the order of the rows: these go by question.
 COMPLETION_SCHEMA = pa.unify_schemas(
-    [pa.schema([("question", pa.int64()), ("age_rank", pa.int64())]), EXPERIENCE_SCHEMA, DETAIL_SCHEMA, REUSE_SCHEMA]
+    [
+        pa.schema([("question", pa.int64()), ("age_rank", pa.int64())]),
+        EXPERIENCE_SCHEMA,
+        DETAIL_SCHEMA,
+        REUSE_SCHEMA,
+        GROUP_SCHEMA,
+    ]
 )
 # Schema version that wrote a column first, where that is not the first one.
-_ADDED_IN = {"prompt_hash": 2, **dict.fromkeys(DETAIL_SCHEMA.names, 3), **dict.fromkeys(REUSE_SCHEMA.names, 4)}
+_ADDED_IN = {
+    "prompt_hash": 2,
+    **dict.fromkeys(DETAIL_SCHEMA.names, 3),
+    **dict.fromkeys((*REUSE_SCHEMA.names, *GROUP_SCHEMA.names), 4),
+}
 RETIRED_SCHEMA = pa.schema([("question_id", pa.string())])
 
 
@@ -142,6 +158,8 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
         for row, (question_id, _) in enumerate(questions)
         for experience in buffer.completions(question_id)
     )
+    group_size = buffer.group_size if buffer.unit == GROUP else None
+    num_written = 0
     # Split by byte, log-probabilities compress better and several times faster.
     encoding = {"behavior_per_token_logps.list.element": "BYTE_STREAM_SPLIT"}
     with _writer(directory / COMPLETIONS_FILE, COMPLETION_SCHEMA, column_encoding=encoding) as file:
@@ -153,42 +171,26 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
             columns = [pa.array(values, pa.int64()) for values in keys]
             columns += experiences_to_arrays(experiences) + details_to_arrays(details)
             columns += reuse_to_arrays([buffer._store.reuse.get(experience) for experience in experiences])
+            columns.append(group_numbers(num_written, len(batch), group_size))
             file.write_batch(pa.record_batch(columns, schema=COMPLETION_SCHEMA))
+            num_written += len(batch)
     write_images(directory / IMAGES_FILE, images.values())
 
     with _writer(directory / RETIRED_FILE, RETIRED_SCHEMA) as file:
         file.write_batch(pa.record_batch([pa.array(list(buffer.retired), pa.string())], schema=RETIRED_SCHEMA))
 
-    (directory / METADATA_FILE).write_text(metadata_text(_described(buffer), directory), encoding="ascii")
-    for name in (*DATA_FILES, METADATA_FILE):
+    with ThreadPoolExecutor(1) as executor:
+        # The disk takes them while their checksums are computed.
+        synced = executor.submit(_sync_data, directory)
+        text = metadata_text(described(buffer), directory)
+        synced.result()
+    (directory / METADATA_FILE).write_text(text, encoding="ascii")
+    sync(directory / METADATA_FILE)
+
+
+def _sync_data(directory: Path) -> None:
+    for name in DATA_FILES:
         sync(directory / name)
-
-
-def _described(buffer: ExperienceBuffer) -> dict[str, Any]:
-    """What the metadata says of a buffer."""
-    if not isinstance(buffer.rng.bit_generator, np.random.PCG64):
-        raise TypeError(
-            f"`rng` of an experience buffer must use PCG64 to be saved, got {type(buffer.rng.bit_generator).__name__}."
-        )
-    return {
-        "counts": {
-            "questions": buffer.num_questions,
-            "completions": buffer.num_completions,
-            "tokens": buffer.num_tokens,
-            "retired": len(buffer.retired),
-            "evicted": buffer.num_evicted,
-            "duplicates": buffer.num_duplicates,
-        },
-        "settings": {
-            "group_size": buffer.group_size,
-            "capacity": buffer.capacity,
-            "max_completions_per_question": buffer.max_completions_per_question,
-            "retire_solved": buffer.retire_solved,
-        },
-        "rng": buffer.rng.bit_generator.state,
-        "provenance": buffer.provenance,
-        "replay_state": buffer.replay_state,
-    }
 
 
 def _writer(file: Path, schema: pa.Schema, **kwargs: Any) -> pq.ParquetWriter:
@@ -202,34 +204,44 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     for name in data_files(version):
         if not (directory / name).is_file():
             fail(directory, f"has no {name}. {RESUME_HINT}")
-    for name, size, digest in digests(directory, data_files(version)):
-        expected = metadata["files"][name]
-        if size != expected["bytes"]:
-            fail(directory, f"is damaged: {name} has {size} bytes instead of {expected['bytes']}. {RESUME_HINT}")
-        if digest != expected["sha256"]:
-            fail(directory, f"is damaged: the checksum of {name} does not match. {RESUME_HINT}")
+    with ThreadPoolExecutor(1) as executor:
+        checks = {name: executor.submit(check_file, directory, name, metadata) for name in data_files(version)}
+        try:
+            # They are read meanwhile, as nothing looks into them; what becomes of them is dropped if damage is found.
+            images = read_images(directory / IMAGES_FILE) if IMAGES_FILE in checks else {}
+            for name, check in checks.items():
+                if name != IMAGES_FILE:
+                    check.result()
+            return _restored(directory, metadata, buffer_class, images)
+        finally:
+            for check in checks.values():
+                check.result()  # whatever went wrong, damage is the reason
 
+
+def _restored(
+    directory: Path, metadata: dict[str, Any], buffer_class: type[Buffer], images: dict[str, StoredImage]
+) -> Buffer:
+    version = metadata["schema_version"]
     buffer = buffer_class(**metadata["settings"])
     buffer.rng.bit_generator.state = metadata["rng"]
     buffer.provenance, buffer.replay_state = metadata["provenance"], metadata["replay_state"]
     counts = metadata["counts"]
     buffer.num_evicted, buffer.num_duplicates = counts["evicted"], counts["duplicates"]
 
-    images = read_images(directory / IMAGES_FILE) if IMAGES_FILE in data_files(version) else {}
     questions = [
         (Question(row["question_id"], example_from_text(row["example"], images)), row["bucket"])
-        for batch in _row_groups(directory / QUESTIONS_FILE, QUESTION_SCHEMA)
+        for batch in row_groups(directory / QUESTIONS_FILE, QUESTION_SCHEMA)
         for row in batch.to_pylist()
     ]
     completions: list[list[Experience]] = [[] for _ in questions]
     by_age: list[tuple[Experience, str] | None] = [None] * counts["completions"]
+    group_of_row: list[list[int | None]] = [[] for _ in questions]
     reuse: dict[Experience, Reuse] = {}
     written = pa.schema([field for field in COMPLETION_SCHEMA if _ADDED_IN.get(field.name, 1) <= version])
-    for batch in _row_groups(directory / COMPLETIONS_FILE, written):
+    for batch in row_groups(directory / COMPLETIONS_FILE, written):
         table = with_later_columns(batch, COMPLETION_SCHEMA)
-        num_tokens = pc.list_value_length(array_of(table, "token_ids")).to_numpy(zero_copy_only=False)
         details = details_from_columns(
-            {name: array_of(table, name) for name in DETAIL_SCHEMA.names}, num_tokens, images
+            {name: array_of(table, name) for name in DETAIL_SCHEMA.names}, num_tokens_in(table), images
         )
         rows, ranks = table.column("question").to_pylist(), table.column("age_rank").to_pylist()
         experiences = experiences_from_table(table, details)
@@ -238,16 +250,26 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
         for row, rank, experience in zip(rows, ranks, experiences, strict=True):
             completions[row].append(experience)
             by_age[rank] = (experience, questions[row][0].question_id)
+        if buffer.unit == GROUP:
+            for row, number in zip(rows, table.column("group").to_pylist(), strict=True):
+                group_of_row[row].append(number)
+        else:
+            require(table.column("group").null_count == len(table), "single completions are in no group")
     retired = [
         question_id
-        for batch in _row_groups(directory / RETIRED_FILE, RETIRED_SCHEMA)
+        for batch in row_groups(directory / RETIRED_FILE, RETIRED_SCHEMA)
         for question_id in batch.column("question_id").to_pylist()
     ]
+    parts = [
+        (question, bucket, _groups_of(question, stored, numbers, buffer.group_size or 0) if numbers else [stored])
+        for (question, bucket), stored, numbers in zip(questions, completions, group_of_row, strict=True)
+    ]
     buffer._restore(
-        [(question, bucket, stored) for (question, bucket), stored in zip(questions, completions, strict=True)],
+        parts,
         [owned for owned in by_age if owned is not None],
         retired,
         reuse,
+        images.values(),
     )
     is_valid, reason = buffer.check_valid()
     if is_valid and any(buffer.metrics()[name] != count for name, count in counts.items()):
@@ -257,12 +279,12 @@ def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     return buffer
 
 
-def _row_groups(file: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    with pq.ParquetFile(file) as parquet:
-        if not parquet.schema_arrow.equals(schema):
-            raise ValueError(f"{file.name} has the columns {parquet.schema_arrow.names}, expected {schema.names}")
-        for index in range(parquet.num_row_groups):
-            yield parquet.read_row_group(index, use_threads=False)
+def _groups_of(
+    question: Question, experiences: Sequence[Experience], numbers: Sequence[int | None], group_size: int
+) -> list[list[Experience]]:
+    rows = zip(experiences, numbers, strict=True)
+    groups = whole_groups(rows, lambda row: (question.question_id, row[1]), group_size)
+    return [[experience for experience, _ in group] for group in groups]
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ..examples import decode_example, encode_example
 from ..images import StoredImage, referenced, resolved
 from .detail_columns import require
-from .tables import bounded
+from .tables import bounded, row_groups
 
 IMAGE_SCHEMA = pa.schema([("digest", pa.string()), ("content", pa.large_binary())])
 
@@ -39,15 +39,12 @@ def read_images(file: Path) -> dict[str, StoredImage]:
     """
     images: dict[str, StoredImage] = {}
     num_rows = 0
-    with pq.ParquetFile(file) as parquet:
-        require(parquet.schema_arrow.equals(IMAGE_SCHEMA), f"{file.name} has the columns {IMAGE_SCHEMA.names}")
-        for index in range(parquet.num_row_groups):
-            group = parquet.read_row_group(index, use_threads=False)
-            digests, contents = group.column("digest"), group.column("content")
-            require(not digests.null_count and not contents.null_count, "images have a digest and content")
-            num_rows += len(group)
-            for digest, content in zip(digests.to_pylist(), contents.to_pylist(), strict=True):
-                images[digest] = StoredImage(content, digest)
+    for group in row_groups(file, IMAGE_SCHEMA):
+        digests, contents = group.column("digest"), group.column("content")
+        require(not digests.null_count and not contents.null_count, "images have a digest and content")
+        num_rows += len(group)
+        for digest, content in zip(digests.to_pylist(), contents.to_pylist(), strict=True):
+            images[digest] = StoredImage(content, digest)
     require(len(images) == num_rows, "every image is there once")
     return images
 

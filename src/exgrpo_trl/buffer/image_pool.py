@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -20,6 +21,10 @@ class ImagePool:
         """Whether it is this very object that the pool has under its digest."""
         return self._images.get(image.digest) is image
 
+    def adopt(self, images: Iterable[StoredImage]) -> None:
+        """Take in images of which no two are equal."""
+        self._images.update((image.digest, image) for image in images)
+
     def question(self, question: Question) -> Question:
         """
         The question with the images of the pool in the place of its own; the same object if it has none.
@@ -34,8 +39,8 @@ class ImagePool:
         """The completion with the images of the pool; the same object where it has no others."""
         if experience.details is None or not experience.details.images:
             return experience
-        images = tuple(self._images.setdefault(image.digest, image) for image in experience.details.images)
-        if all(pooled is own for pooled, own in zip(images, experience.details.images, strict=True)):
+        images = tuple([self._images.setdefault(image.digest, image) for image in experience.details.images])
+        if images == experience.details.images:  # images are equal only if they are the same object
             return experience
         return replace(experience, details=replace(experience.details, images=images))
 

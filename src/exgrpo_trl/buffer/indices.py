@@ -132,6 +132,10 @@ class VersionIndex:
         """Remove a completion."""
         del self._owners[experience.policy_version][experience]
 
+    def owner(self, experience: Experience) -> str | None:
+        """The question of a completion, `None` if it is not in the index."""
+        return self._owners.get(experience.policy_version, {}).get(experience)
+
     def oldest(self) -> int | None:
         """Oldest policy version that still has a completion."""
         while self._heap and not self._owners[self._heap[0]]:

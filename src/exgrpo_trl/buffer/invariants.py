@@ -9,6 +9,7 @@ from ..rollout_details import RolloutDetails
 from ..values import referenced_digests
 from .image_pool import stored_images_in
 from .store import Store
+from .stored_questions import StoredGroups
 
 
 def violations(
@@ -30,17 +31,21 @@ def violations(
             yield f"question {question_id!r} is not in its bucket {stored.bucket}"
         if not all(image in store.images for image in stored_images_in(stored.question.example)):
             yield f"question {question_id!r} has an image that the buffer has not, or has twice"
-        if not stored.completions:
+        if not len(stored):
             yield f"question {question_id!r} has no completion"
-        if len(stored.completions) > (max_completions_per_question or len(stored.completions)):
-            yield f"question {question_id!r} has {len(stored.completions)} completions"
-        for token_bytes, experience in stored.completions.items():
+        if len(stored) > (max_completions_per_question or len(stored)):
+            yield f"question {question_id!r} has {len(stored)} completions"
+        if not stored.is_consistent():
+            yield f"a completion of question {question_id!r} is stored under other tokens, or twice"
+        if isinstance(stored, StoredGroups) and {*map(len, stored.groups.values())} - {group_size}:
+            yield f"a group of question {question_id!r} has not {group_size} completions"
+        for experience in stored:
             completions += 1
             tokens += experience.num_tokens
-            if token_bytes != experience.token_bytes or len(token_bytes) != len(experience.logp_bytes):
-                yield f"a completion of question {question_id!r} has tokens that are not its own"
-            if experience not in store.versions:
-                yield f"a completion of question {question_id!r} has no policy version"
+            if len(experience.token_bytes) != len(experience.logp_bytes):
+                yield f"a completion of question {question_id!r} has more or fewer log-probabilities than tokens"
+            if store.versions.owner(experience) != question_id:
+                yield f"a completion of question {question_id!r} is not among those of its policy version"
             if experience.details is not None:
                 yield from _violations_of_details(question_id, experience, store)
     if (completions, tokens) != (store.num_completions, store.num_tokens):
@@ -56,26 +61,21 @@ def violations(
             yield f"the positions in bucket {bucket} are wrong"
     if sum(map(len, store.buckets.values())) != len(store.questions):
         yield "a bucket holds a question that is not stored in it"
-    owners = list(store.versions)
-    if len(owners) != completions or not store.versions.is_consistent():
+    # All that are stored are there, each once: as many are the same.
+    if sum(1 for _ in store.versions) != completions or not store.versions.is_consistent():
         yield "the policy versions hold completions that are not stored"
-    for experience, question_id in owners:
-        if question_id not in store.questions or (
-            store.questions[question_id].completions.get(experience.token_bytes) is not experience
-        ):
-            yield f"a policy version holds a completion that question {question_id!r} does not have"
     if not all(experience in store.versions for experience in store.reuse):
         yield "there is a record of reuse of a completion that is not stored"
 
 
 def _violations_of_details(question_id: str, experience: Experience, store: Store) -> Iterator[str]:
     details = experience.details or RolloutDetails()
-    runs = details.run_lengths
-    if len(runs) and ((runs < 0).any() or runs.sum() != experience.num_tokens):
-        yield f"a completion of question {question_id!r} says who wrote {runs.sum()} of {experience.num_tokens} tokens"
+    runs = details.run_lengths.tolist()  # mostly few: faster than the same with NumPy
+    if runs and (min(runs) < 0 or sum(runs) != experience.num_tokens):
+        yield f"a completion of question {question_id!r} says who wrote {sum(runs)} of {experience.num_tokens} tokens"
     if not all(image in store.images for image in details.images):
         yield f"a completion of question {question_id!r} has an image that the buffer has not, or has twice"
     texts = (details.messages_text, details.prompt_text, details.fields_text)
-    digests = {digest for text in texts if text is not None for digest in referenced_digests(text)}
-    if missing := digests - {image.digest for image in details.images}:
+    digests = [digest for text in texts if text is not None for digest in referenced_digests(text)]
+    if missing := set(digests).difference([image.digest for image in details.images]):
         yield f"a completion of question {question_id!r} refers to the images {sorted(missing)}, which it has not"

@@ -7,13 +7,19 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
 
 from ..records import ExperienceBufferError
+from .settings import GROUP
+
+if TYPE_CHECKING:
+    from .buffer import ExperienceBuffer
 
 # 1: completions do not know the tokens of their prompt.
 # 2: neither rollouts of several turns nor images.
-# 3: nothing of how completions were used.
+# 3: neither how completions were used nor whole groups.
 SCHEMA_VERSION = 4
 METADATA_FILE = "metadata.json"
 QUESTIONS_FILE = "questions.parquet"
@@ -52,6 +58,35 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(metadata)
 
 
+def described(buffer: ExperienceBuffer) -> dict[str, Any]:
+    """What the metadata says of a buffer."""
+    if not isinstance(buffer.rng.bit_generator, np.random.PCG64):
+        raise TypeError(
+            f"`rng` of an experience buffer must use PCG64 to be saved, got {type(buffer.rng.bit_generator).__name__}."
+        )
+    return {
+        "counts": {
+            "questions": buffer.num_questions,
+            "completions": buffer.num_completions,
+            "tokens": buffer.num_tokens,
+            "retired": len(buffer.retired),
+            "evicted": buffer.num_evicted,
+            "duplicates": buffer.num_duplicates,
+        },
+        "settings": {
+            "group_size": buffer.group_size,
+            "capacity": buffer.capacity,
+            "max_completions_per_question": buffer.max_completions_per_question,
+            "retire_solved": buffer.retire_solved,
+            # Subclasses may not know of it.
+            **({"unit": buffer.unit} if buffer.unit == GROUP else {}),
+        },
+        "rng": buffer.rng.bit_generator.state,
+        "provenance": buffer.provenance,
+        "replay_state": buffer.replay_state,
+    }
+
+
 def metadata_text(of_buffer: Mapping[str, Any], directory: Path) -> str:
     """Text of the metadata: what is said of the buffer, and the checksums of its data files, which are written."""
     metadata = {
@@ -72,13 +107,30 @@ def data_files(schema_version: int) -> tuple[str, ...]:
 
 def digests(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, int, str]]:
     """Name, size in bytes and SHA-256 of data files."""
+    # Large, as a thread waits for others with every block.
+    block = memoryview(bytearray(2**22))
     for name in names:
         digest, size = hashlib.sha256(), 0
-        with open(directory / name, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-                size += len(block)
+        with open(directory / name, "rb", buffering=0) as file:
+            while num_bytes := file.readinto(block):
+                digest.update(block[:num_bytes])
+                size += num_bytes
         yield name, size, digest.hexdigest()
+
+
+def check_file(directory: Path, name: str, metadata: Mapping[str, Any]) -> None:
+    """
+    Compare a data file with what the metadata says of it.
+
+    Raises:
+        ExperienceBufferError: if it has another size or checksum.
+    """
+    [(_, size, digest)] = digests(directory, [name])
+    expected = metadata["files"][name]
+    if size != expected["bytes"]:
+        fail(directory, f"is damaged: {name} has {size} bytes instead of {expected['bytes']}. {RESUME_HINT}")
+    if digest != expected["sha256"]:
+        fail(directory, f"is damaged: the checksum of {name} does not match. {RESUME_HINT}")
 
 
 def _sha256(text: str) -> str:

@@ -46,7 +46,8 @@ def reuse_from_table(table: pa.Table | pa.RecordBatch) -> list[Reuse | None]:
     """
     num_replays, *known, known_at = (table.column(name) for name in REUSE_SCHEMA.names)
     without = pc.is_null(known_at)
-    is_known = [pc.not_equal(num_replays, 0), *map(pc.is_valid, known)]
+    # NaN, too, is what a null becomes on its way through other tools.
+    is_known = [num_replays.cast(pa.bool_()), *(pc.invert(pc.is_nan(column)) for column in known)]
     require(
         not any(pc.any(pc.and_(without, column)).as_py() for column in is_known),
         "what is known of a completion since its generation has a `known_at`",

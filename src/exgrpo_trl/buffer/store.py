@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import replace
 
+from ..images import StoredImage
 from ..records import Experience, Question, Reuse
 from .image_pool import ImagePool
 from .indices import Bucket, VersionIndex
-
-
-@dataclass(slots=True)
-class StoredQuestion:
-    """A question with its bucket and its completions."""
-
-    question: Question
-    bucket: int
-    # By token ids, oldest first: the key finds duplicates.
-    completions: dict[bytes, Experience] = field(default_factory=dict)
+from .stored_questions import StoredQuestion
 
 
 class Store:
     """Questions by id, question ids by bucket, completions by policy version, records of reuse, and counts of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[StoredQuestion]) -> None:
+        self._kind = kind
         self.questions: dict[str, StoredQuestion] = {}
         self.buckets: dict[int, Bucket] = {}
         self.versions = VersionIndex()
@@ -37,9 +29,9 @@ class Store:
     def insert(
         self,
         question: Question,
-        experiences: Iterable[Experience],
+        experiences: Sequence[Experience],
         bucket: int,
-        reuse: Mapping[Experience, Reuse] = MappingProxyType({}),
+        reuse: Mapping[Experience, Reuse] | None = None,
     ) -> tuple[int, int]:
         """
         Store what is new among the completions of a question and put the question, if stored, into the bucket.
@@ -49,72 +41,89 @@ class Store:
         """
         question_id = question.question_id
         stored = self.questions.get(question_id)
-        num_new = num_duplicates = 0
-        for experience in experiences:
-            if stored is None:
-                stored = self.questions[question_id] = StoredQuestion(self.images.question(question), bucket)
-                self.buckets.setdefault(bucket, Bucket()).add(question_id)
-            if experience.token_bytes in stored.completions:
-                num_duplicates += 1
-                continue
-            # One object under two questions would be one entry of the index.
+        if stored is None:
+            if not experiences:
+                return 0, 0
+            stored = self.questions[question_id] = self._kind(self.images.question(question), bucket)
+            self.buckets.setdefault(bucket, Bucket()).add(question_id)
+        own = []
+        for experience in stored.new_among(experiences):
+            # One object at two places would be one entry of the index.
             unique = replace(experience) if experience in self.versions else self.images.experience(experience)
-            stored.completions[unique.token_bytes] = unique
+            own.append(unique)
             self.versions.add(unique, question_id)
-            self.num_completions += 1
             self.num_tokens += unique.num_tokens
-            if experience in reuse:
+            if reuse and experience in reuse:
                 self.reuse[unique] = reuse[experience]
-            num_new += 1
-        if stored is not None and stored.bucket != bucket:
+        stored.add(own)
+        self.num_completions += len(own)
+        if stored.bucket != bucket:
             self._leave_bucket(question_id, stored.bucket)
             self.buckets.setdefault(bucket, Bucket()).add(question_id)
             stored.bucket = bucket
-        return num_new, num_duplicates
+        return len(own), len(experiences) - len(own)
 
     def update(self, question: Question) -> None:
         """Replace the row of a stored question."""
         self.questions[question.question_id].question = self.images.question(question)
 
     def find(self, question_id: str, experience: Experience) -> Experience | None:
-        """The stored completion of a question with the same tokens."""
+        """This very completion if its question has it, else the oldest of the question with the same tokens."""
         stored = self.questions.get(question_id)
-        return stored.completions.get(experience.token_bytes) if stored else None
+        return None if stored is None else stored.find(experience)
 
-    def remove(self, question_id: str, experience: Experience) -> None:
-        """Remove a stored completion, and its question with the last one."""
+    def remove(self, question_id: str, experience: Experience) -> int:
+        """
+        Remove a stored completion with what belongs to it, and its question with the last one.
+
+        Returns the number of completions that left.
+        """
         stored = self.questions[question_id]
-        self.versions.remove(experience)
-        self.reuse.pop(experience, None)
-        del stored.completions[experience.token_bytes]
-        self.num_completions -= 1
-        self.num_tokens -= experience.num_tokens
-        if not stored.completions:
+        leaving = stored.remove(experience)
+        for left in leaving:
+            self._forget(left)
+        if not len(stored):
             del self.questions[question_id]
             self._leave_bucket(question_id, stored.bucket)
+        return len(leaving)
+
+    def remove_question(self, question_id: str) -> None:
+        """Remove a stored question with all its completions."""
+        stored = self.questions.pop(question_id)
+        self._leave_bucket(question_id, stored.bucket)
+        for experience in stored:
+            self._forget(experience)
 
     def restore(
         self,
-        questions: Iterable[tuple[Question, int, Sequence[Experience]]],
+        questions: Iterable[tuple[Question, int, Iterable[Sequence[Experience]]]],
         by_age: Iterable[tuple[Experience, str]],
         reuse: Mapping[Experience, Reuse],
+        images: Iterable[StoredImage],
     ) -> None:
         """
         Fill an empty store so that every order is as it was: of bucket, question and policy version.
 
-        Images that are equal are the same object already.
+        What came in together is together in `questions`. `images` are those of the questions and completions, each
+        once.
         """
-        for question, bucket, experiences in questions:
-            stored = self.questions[question.question_id] = StoredQuestion(self.images.question(question), bucket)
-            for experience in experiences:
-                self.images.experience(experience)  # for its images alone: it is in `by_age`, too
-            stored.completions.update((experience.token_bytes, experience) for experience in experiences)
+        self.images.adopt(images)
+        for question, bucket, parts in questions:
+            stored = self.questions[question.question_id] = self._kind(question, bucket)
             self.buckets.setdefault(bucket, Bucket()).add(question.question_id)
-            self.num_completions += len(experiences)
-            self.num_tokens += sum(experience.num_tokens for experience in experiences)
+            for experiences in parts:
+                stored.add(experiences)
+                self.num_completions += len(experiences)
+                self.num_tokens += sum(experience.num_tokens for experience in experiences)
         for experience, question_id in by_age:
             self.versions.add(experience, question_id)
         self.reuse.update(reuse)
+
+    def _forget(self, experience: Experience) -> None:
+        self.versions.remove(experience)
+        self.reuse.pop(experience, None)
+        self.num_completions -= 1
+        self.num_tokens -= experience.num_tokens
 
     def _leave_bucket(self, question_id: str, bucket: int) -> None:
         self.buckets[bucket].remove(question_id)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ..records import MAX_LOG_PROBABILITY, MIN_LOG_PROBABILITY, UNKNOWN_PROMPT, Experience
 from ..rollout_details import RolloutDetails
-from .detail_columns import DETAIL_SCHEMA, num_bytes, require
+from .detail_columns import DETAIL_SCHEMA, num_bytes, numbers_of, require, valid_in
 from .reuse_columns import NO_REUSE
 
 T = TypeVar("T")
@@ -26,8 +30,10 @@ EXPERIENCE_SCHEMA = pa.schema(
         ("prompt_hash", pa.int64()),
     ]
 )
+# A number that completions of one group share; null where single completions are kept.
+GROUP_SCHEMA = pa.schema([("group", pa.int64())])
 # Columns that files of an earlier version lack, with what stands for them.
-LATER_COLUMNS = {"prompt_hash": UNKNOWN_PROMPT, **dict.fromkeys(DETAIL_SCHEMA.names), **NO_REUSE}
+LATER_COLUMNS = {"prompt_hash": UNKNOWN_PROMPT, **dict.fromkeys(DETAIL_SCHEMA.names), **NO_REUSE, "group": None}
 QUESTION_SCHEMA = pa.schema([("question_id", pa.string()), ("example", pa.large_string()), ("bucket", pa.int32())])
 
 # Bounds of one batch, so that memory use while saving and loading does not grow with the buffer.
@@ -71,6 +77,13 @@ def experiences_to_arrays(experiences: Sequence[Experience]) -> list[pa.Array]:
         pa.array([experience.entropy for experience in experiences], pa.float64()),
         pa.array([experience.prompt_hash for experience in experiences], pa.int64()),
     ]
+
+
+def group_numbers(first: int, num_rows: int, group_size: int | None) -> pa.Array:
+    """Column of `GROUP_SCHEMA` for the rows from number `first` on, group after group; null without groups."""
+    if group_size is None:
+        return pa.nulls(num_rows, pa.int64())
+    return pa.array(np.arange(first, first + num_rows) // group_size)
 
 
 def experiences_from_table(
@@ -117,6 +130,25 @@ def experiences_from_table(
     ]
 
 
+def row_groups(file: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    """
+    Row groups of a Parquet file.
+
+    Raises:
+        ValueError: if the file has other columns.
+    """
+    with pq.ParquetFile(file) as parquet:
+        if not parquet.schema_arrow.equals(schema):
+            raise ValueError(f"{file.name} has the columns {parquet.schema_arrow.names}, expected {schema.names}")
+        for index in range(parquet.num_row_groups):
+            yield parquet.read_row_group(index, use_threads=False)
+
+
+def num_tokens_in(table: pa.Table | pa.RecordBatch) -> NDArray[Any]:
+    """Tokens of every completion of a table."""
+    return numbers_of(pc.list_value_length(array_of(table, "token_ids")))
+
+
 def with_later_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The table with the columns of a schema that an earlier version did not write."""
     for field in schema:
@@ -137,11 +169,11 @@ def _lists(table: pa.Table | pa.RecordBatch, name: str) -> tuple[np.ndarray[Any,
     array = array_of(table, name)
     values = array.flatten()
     require(not array.null_count and not values.null_count, f"`{name}` is never null")
-    offsets = array.offsets.to_numpy()
-    return offsets - offsets[0], values.to_numpy()
+    offsets = numbers_of(array.offsets)
+    return offsets - offsets[0], numbers_of(values)
 
 
 def _numbers(table: pa.Table | pa.RecordBatch, name: str) -> np.ndarray[Any, Any]:
-    column = table.column(name)
+    column = array_of(table, name)
     require(not column.null_count or name == "entropy", f"`{name}` is never null")
-    return np.asarray(column.fill_null(np.nan) if column.null_count else column)
+    return np.where(valid_in(column), numbers_of(column), np.nan) if column.null_count else numbers_of(column)

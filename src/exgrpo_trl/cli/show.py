@@ -18,6 +18,7 @@ from ..buffer import ExperienceBuffer
 from ..buffer.image_pool import stored_images_in
 from ..buffer.locations import find_buffer
 from ..buffer.metadata import read_metadata
+from ..buffer.settings import GROUP
 from ..images import StoredImage
 
 HELP = "summary of a saved experience buffer"
@@ -51,6 +52,7 @@ def summarize(path: Path) -> dict[str, Any]:
     replays = [buffer.reuse(experience).num_replays for _, _, experience in buffer.items()]
     counts = {
         **metadata["counts"],
+        **({"groups": _num_groups(buffer)} if buffer.unit == GROUP else {}),
         "several_turns": sum(experience.num_model_tokens < experience.num_tokens for experience in rollouts),
         "images": len(sizes),
         "image_bytes": sum(sizes.values()),
@@ -64,6 +66,10 @@ def summarize(path: Path) -> dict[str, Any]:
         "replays": {"mean": sum(replays) / len(replays), "highest": max(replays)} if replays else None,
         **{name: metadata[name] for name in ("settings", "provenance", "replay_state")},
     }
+
+
+def _num_groups(buffer: ExperienceBuffer) -> int:
+    return sum(len(buffer.groups(question_id)) for ids in buffer.buckets().values() for question_id in ids)
 
 
 def _images_of(buffer: ExperienceBuffer) -> Iterator[StoredImage]:

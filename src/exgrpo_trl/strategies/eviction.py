@@ -28,7 +28,11 @@ EvictionFunction = Callable[[EvictionPool, str | None], tuple[str, Experience]]
 
 
 class EvictionRule(Strategy):
-    """Chooses the completion that leaves. Called once for each completion above a limit."""
+    """
+    Chooses the completion that leaves. Called as long as a limit is exceeded.
+
+    Where a buffer keeps whole groups, the group of that completion leaves.
+    """
 
     @abstractmethod
     def __call__(self, pool: EvictionPool, question_id: str | None) -> tuple[str, Experience]:
