@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,9 +61,8 @@ def filling(
     def around_generate(generate: Callable[..., Any], prompts: Any, *args: Any, **kwargs: Any) -> Any:
         result = generate(prompts, *args, **kwargs)
         generated = _Generated(trainer, result)
-        rewards_of(
-            batch, _after(functions.first, calculate), inputs, prompts, generated.completions, generated.completion_ids
-        )
+        ask = functools.partial(functions.first, calculate)
+        rewards_of(batch, ask, inputs, prompts, generated.completions, generated.completion_ids)
         fills, replaced = choose_fills(trainer.replayer, batch, generated.prompt_ids)
         if not fills:
             return result
@@ -87,10 +87,6 @@ def filling(
         stack.enter_context(wrapped(trainer, "_generate", around_generate))
         stack.enter_context(wrapped(trainer, "_calculate_rewards", around_calculate))
         yield
-
-
-def _after(around: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: around(method, *args, **kwargs)
 
 
 def _filled(batch: Batch) -> dict[int, Experience]:

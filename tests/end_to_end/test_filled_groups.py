@@ -10,6 +10,7 @@ import pytest
 import torch
 import trl
 from agents import Watched, agent_options, call_text, skip_unless_able, tool_tokenizer
+from datasets import Dataset
 from packaging.version import Version
 from peft import get_peft_model
 from test_checkpoints import contents
@@ -25,6 +26,7 @@ from tiny import (
     tiny_tokenizer,
 )
 from trl import GRPOTrainer
+from vision import random_images
 from watched import WatchedTrainer
 
 from exgrpo_trl import ExGRPOTrainer, Experience, ExperienceBuffer, Question, RolloutDetails, question_id_of
@@ -295,9 +297,13 @@ def test_limits_of_replay_hold(tmp_path, monkeypatch):
 def test_completions_of_other_prompts_do_not_fill(tmp_path):
     dataset = tiny_dataset(4)
     hashes = [prompt_hash(tiny_tokenizer()(dataset[row]["prompt"])["input_ids"]) for row in range(4)]
+    shown = [{"role": "tool", "content": [{"type": "image", "image": random_images(1)[0]}]}]
     successes = {
         0: [stored("ok", prompt_hash=hashes[0])],
-        1: [stored("ok", prompt_hash=hashes[0])],  # another question's
+        1: [
+            stored("ok", prompt_hash=hashes[0]),  # another question's
+            stored("okay", details=RolloutDetails.create(messages=shown)),  # a tool returned an image
+        ],
         2: [stored("ok", details=RolloutDetails.create(prompt="what an environment said"))],
         3: [stored("ok", details=RolloutDetails.create(prompt_ids=[3, 4, 5]))],
     }
@@ -305,12 +311,54 @@ def test_completions_of_other_prompts_do_not_fill(tmp_path):
         tmp_path,
         train_dataset=dataset,
         experience_buffer=buffer_of(dataset, successes),
-        reward_funcs=Judge(["ok"]),
+        reward_funcs=Judge(["ok", "okay"]),
         max_steps=2,
     )
     trainer.train()
     for batch in trainer.batches:
         assert [row // K for row in batch.filled] == [group_of(trainer, batch, 0)]
+
+
+def test_a_question_in_two_groups_is_filled_in_both(tmp_path):
+    dataset = tiny_dataset(4)
+    columns = dataset.to_dict()
+    twice = Dataset.from_dict({name: values[:2] * 2 for name, values in columns.items()})
+    success = stored("ok")
+    trainer = filling_trainer(
+        tmp_path,
+        train_dataset=twice,
+        experience_buffer=buffer_of(dataset, {0: [success]}),
+        reward_funcs=Judge(["ok"]),
+        max_steps=2,
+    )
+    trainer.train()
+    assert [len(batch.filled) for batch in trainer.batches] == [2, 2]
+    assert trainer.experience_buffer.reuse(success).num_replays == 4
+
+
+class Several(Filling):
+    """Generates twice, and trains one of the two."""
+
+    def _generate_and_score_completions(self, inputs):
+        attempts = [super(Several, self)._generate_and_score_completions(inputs) for _ in range(2)]
+        return attempts[self.state.global_step % 2]
+
+
+def test_fills_of_a_batch_that_is_not_trained_are_forgotten(tmp_path):
+    dataset = tiny_dataset(4)
+    success = stored("ok")
+    trainer = filling_trainer(
+        tmp_path,
+        Several,
+        train_dataset=dataset,
+        experience_buffer=buffer_of(dataset, {0: [success]}),
+        reward_funcs=Judge(["ok"]),
+        max_steps=3,
+    )
+    trainer.train()
+    assert num_filled(trainer) == 6
+    assert trainer.experience_buffer.reuse(success).num_replays == 3
+    assert [line["replay/groups_filled"] for line in steps_of(trainer)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("scores", ["current", "last_known"])

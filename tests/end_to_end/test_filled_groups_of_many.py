@@ -4,10 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import assert_engaged, run_ranks, whole_parameters
 from same_rollouts import SameRollouts, results, same_rollouts_trainer, train_and_save
+from test_filled_groups import Filling, completion_in, prompt_in
 from test_many_processes import assert_agree, assert_same_metrics, run_single
-from tiny import first_letter_reward, tiny_tokenizer
+from test_vision import options_of as vision_options
+from tiny import first_letter_reward, make_trainer, tiny_tokenizer
+
+from exgrpo_trl.images import pixel_digest
+from exgrpo_trl.records import prompt_hash
 
 NINE = tiny_tokenizer().convert_tokens_to_ids("9")
 
@@ -142,3 +147,50 @@ def test_where_one_process_fails_all_stop(tmp_path):
     errors = [torch.load(tmp_path / f"error{rank}.pt") for rank in range(2)]
     assert all("asked twice" in error for error in errors)
     assert any("failed while computing rewards" in error for error in errors)
+
+
+class DryingVision(Filling):
+    """From the fourth step on, every question fails as a whole."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        completion_ids, *rest = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if self.state.global_step >= 4:
+            nine = self._text_tokenizer.convert_tokens_to_ids("9")
+            completion_ids = [[nine, *ids[1:]] for ids in completion_ids]
+        return completion_ids, *rest
+
+
+def train_vision(mode, mode_options, folder):
+    options = vision_options("grid_of_sizes", per_device_train_batch_size=8, max_steps=8)
+    options["train_dataset"] = options["train_dataset"].select(range(8))
+    options |= {"fill_failed_groups": True, "replay_fraction": 0.0, "retire_solved": False}
+    trainer = make_trainer(Path(folder) / "out", DryingVision, **mode_options | options)
+    trainer.train()
+    assert_engaged(trainer, mode, 2)
+    first_row, num_filled = trainer.replayer.batch.first_row, 0
+    for batch in trainer.batches:
+        for row in set(batch.filled) & set(range(first_row, first_row + 8)):
+            num_filled += 1
+            position = row - first_row
+            assert batch.rewards[row, 0] == 1
+            assert batch.output["is_replayed"][position]
+            own = completion_in(batch.output, position)
+            assert own.tolist() == batch.stored[position].token_ids.tolist()
+            shown = [pixel_digest(batch.inputs[position]["image"])]
+            prompt = prompt_in(batch.output, position)
+            assert batch.stored[position].prompt_hash == prompt_hash(prompt, shown)
+    num_scored = sum(line.get("replay/candidates_scored", 0) for line in trainer.state.log_history)
+    result = num_filled, num_scored, whole_parameters(trainer)
+    torch.save(result, Path(folder) / f"vision{trainer.accelerator.process_index}.pt")
+
+
+def test_images_of_candidates_are_sent_to_those_that_score_them(tmp_path):
+    run_ranks(train_vision, str(tmp_path), folder=tmp_path)
+    (filled, num_scored, mine), (others_filled, _, others) = (
+        torch.load(tmp_path / f"vision{rank}.pt") for rank in range(2)
+    )
+    assert filled > 2
+    assert others_filled > 2
+    assert num_scored > 4
+    for name, parameter in mine.items():
+        assert torch.equal(parameter, others[name]), name
