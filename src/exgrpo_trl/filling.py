@@ -281,10 +281,12 @@ class _Generated:
         kept = None if experience.details is None else experience.details.messages
         if kept is not None:
             return opened(kept)
-        parses = any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema"))
-        if not parses or self.masks is not None or not hasattr(tokenizer, "parse_response"):
-            return [{"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}]
         parse: Callable[..., Any] = grpo_trainer.parse_response
+        takes = inspect.signature(parse).parameters
+        # TRL knows templates of responses since it passes on the prompt.
+        ways = ("response_template", "response_schema") if "prefix" in takes else ("response_schema",)
+        parses = hasattr(tokenizer, "parse_response") and any(getattr(tokenizer, way, None) for way in ways)
+        if not parses or self.masks is not None:
+            return [{"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}]
         context = {"prefix": self.prompt_ids[position], "tools": self.trainer.tools}
-        known = inspect.signature(parse).parameters
-        return [parse(tokenizer, ids, **{name: value for name, value in context.items() if name in known})]
+        return [parse(tokenizer, ids, **{name: value for name, value in context.items() if name in takes})]

@@ -705,6 +705,8 @@ def test_completions_are_parsed_as_trl_parses_them(tmp_path):
     skip_unless_able("tools")
     options = agent_options(max_completion_length=12)
     tokenizer, dataset = tool_tokenizer(), options["train_dataset"].select(range(4))
+    if getattr(tokenizer, "response_schema", None) is None and Version("1.7.1") > TRL:
+        pytest.skip(f"trl {trl.__version__} does not parse completions by a template")
     ids = [*tokenizer("ab" + call_text("look", {"place": "a"}))["input_ids"], 1]
     success = Experience.create(ids, [-1.0] * len(ids), policy_version=0, reward=1.0)
 
