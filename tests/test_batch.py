@@ -234,3 +234,23 @@ def test_rewards_of_another_number_are_refused():
     assert first.rewards_per_func.shape == (12, 2)
     with pytest.raises(ValueError, match=r"shape \(6, 2\), of 12 rows"):
         first.take_rewards(torch.ones(6, 2), [[1]] * 6)
+
+
+def test_a_failure_that_gave_its_place_is_generated_and_not_fresh():
+    _, batch = two_processes()
+    batch.rewards, batch.is_correct = np.zeros((4, 3)), np.zeros((4, 3), dtype=bool)
+    batch.rewards.flat[[1, 4, 7, 10]] = 1.0
+    batch.is_correct.flat[[1, 4, 7, 10]] = True
+    assert batch.stored.keys() == {1}
+    assert batch.fresh_pass_rate == 2 / 10
+    success = experience(5, 6)
+    batch.fill([Replay(question("new"), success, 10)], {10: -1.0})
+    assert [replay.row for replay in batch.replays] == [1, 7, 10]
+    assert [replay.row for replay in batch.planned] == [1, 7]
+    assert batch.stored == {1: batch.replays[1].experience, 4: success}
+    assert np.flatnonzero(~batch.is_fresh).tolist() == [1, 7, 10]
+    assert np.flatnonzero(~batch.is_generated).tolist() == [1, 7]
+    assert batch.generated_rewards[3].tolist() == [0, -1, 0]
+    assert np.isnan(batch.generated_rewards.flat[[1, 7]]).all()
+    assert batch.fresh_pass_rate == 1 / 10
+    assert set(batch.replayed_questions) == {0, 2, 3}

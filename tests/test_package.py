@@ -67,7 +67,7 @@ ORDER = [
     "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer", "cli",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices",
-    "compatibility", "replayer", "generation", "trainer",
+    "compatibility", "asking", "replayer", "filling", "generation", "trainer",
 ]  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -71,8 +71,12 @@ class Batch:
             Whether the rows of a group may differ in their images, as with a random transform.
         stores_groups (`bool`, *optional*, defaults to `False`):
             Whether whole groups are stored, failures included, instead of single successes.
+        fills_groups (`bool`, *optional*, defaults to `False`):
+            Whether stored successes take the place of failures where a group failed as a whole.
 
     Attributes:
+        replaced (`dict[int, float]`):
+            Success rewards of the failures whose place stored successes have taken, by row; on all processes.
         questions (`dict[int, Question]`):
             Questions by group: those of the fresh groups whose first row belongs to this process; once collected, on
             the main process, those of all groups that concern the buffer.
@@ -122,6 +126,8 @@ class Batch:
     global_step: int = 0
     may_differ: bool = False
     stores_groups: bool = False
+    fills_groups: bool = False
+    replaced: dict[int, float] = field(default_factory=dict)
     questions: dict[int, Question] = field(default_factory=dict)
     token_ids: list[list[int]] = field(default_factory=list)
     without_logps: set[int] = field(default_factory=set)
@@ -173,17 +179,37 @@ class Batch:
         """Replayed questions by group, on all processes."""
         return {self.group_of(replay): replay.question for replay in self.replays}
 
+    @property
+    def planned(self) -> list[Replay]:
+        """What is replayed without having been generated: all but the stored successes in the place of failures."""
+        return [replay for replay in self.replays if replay.row not in self.replaced]
+
     @cached_property
     def is_fresh(self) -> np.ndarray:
-        """Which rollouts are generated, booleans of shape `(num_groups, group_size)`."""
+        """Which rollouts are generated and trained, booleans of shape `(num_groups, group_size)`."""
         is_fresh = np.ones((self.num_groups, self.group_size), dtype=bool)
         is_fresh.flat[list(self.stored_rows)] = False
         return is_fresh
 
     @property
+    def is_generated(self) -> np.ndarray:
+        """Which rollouts are generated, those included whose place stored successes have taken; same shape."""
+        is_generated = self.is_fresh.copy()
+        is_generated.flat[list(self.replaced)] = True
+        return is_generated
+
+    @property
+    def generated_rewards(self) -> np.ndarray:
+        """Success rewards of what was generated, NaN elsewhere; same shape."""
+        rewards = np.where(self.is_fresh, self.rewards, np.nan)
+        rewards.flat[list(self.replaced)] = list(self.replaced.values())
+        return rewards
+
+    @property
     def fresh_pass_rate(self) -> float:
         """Share of the generated rollouts that are successes; NaN where none was generated."""
-        return float(self.is_correct[self.is_fresh].mean()) if self.is_fresh.any() else math.nan
+        num_generated = self.is_fresh.sum() + len(self.replaced)
+        return float(self.is_correct[self.is_fresh].sum() / num_generated) if num_generated else math.nan
 
     @property
     def shows_own_prompts(self) -> bool:
@@ -269,6 +295,44 @@ class Batch:
         if rewards_per_func.ndim != 2 or len(rewards_per_func) != num_rows:
             raise ValueError(f"rewards have the shape {tuple(rewards_per_func.shape)}, of {num_rows} rows in all")
         self.rewards_per_func, self.token_ids = rewards_per_func.double().cpu().numpy(), token_ids
+
+    def shown(
+        self, groups: Collection[int], prompt_ids: Sequence[Sequence[int]]
+    ) -> dict[int, tuple[int, tuple[str, ...]]]:
+        """
+        What the rows of some groups that belong to this process show: hashes of their prompts and of their images.
+
+        Args:
+            groups (`Collection[int]`):
+                Groups.
+            prompt_ids (`Sequence[Sequence[int]]`):
+                Prompt token ids by position.
+        """
+        digests: dict[int, tuple[str, ...]] = {}
+        found = {}
+        for position, ids in enumerate(prompt_ids):
+            row, key = self.first_row + position, self._key(position)
+            if row // self.group_size in groups:
+                if key not in digests:
+                    digests[key] = tuple(image_digests(self._examples[key]))
+                found[row] = prompt_hash(ids, digests[key]), digests[key]
+        return found
+
+    def fill(self, fills: Sequence[Replay], replaced: Mapping[int, float]) -> None:
+        """
+        Let stored successes take the place of failures; on all processes.
+
+        Args:
+            fills (`Sequence[Replay]`):
+                The successes.
+            replaced (`Mapping[int, float]`):
+                Success rewards of the failures, by row.
+        """
+        self.replaced.update(replaced)
+        replays = sorted((*self.replays, *fills), key=lambda replay: replay.row)
+        self.plan = replace(self.plan, replays=tuple(replays))
+        for name in ("stored", "stored_rows", "replayed_questions", "is_fresh"):  # of the plan before
+            vars(self).pop(name, None)
 
     def admit(
         self, rewards: np.ndarray, is_correct: np.ndarray, admission: Admission, output: Mapping[str, torch.Tensor]

@@ -21,6 +21,7 @@ logger = logging.get_logger(__name__)
 # Methods that ExGRPOTrainer wraps, with the parameters it relies on.
 _HOOKS = {
     "_generate_and_score_completions": ("inputs",),
+    "_generate": ("prompts",),
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
     "_tool_call_loop": ("prompts", "completion_ids", "completions", "logprobs"),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
@@ -44,6 +45,7 @@ GENERATING = (
 LOSS = ("training_step", "_prepare_inputs", "compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
 # One copy of the model per process.
 _COPIES = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
+_OWNERS = {"environment_factory": "environment", "rollout_func": "rollout function"}
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -164,7 +166,14 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
 
 
 def _check_agents(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
-    """Refuse tools and environments where TRL itself does not handle them."""
+    """Refuse tools, environments and rollout functions where TRL or replay does not handle them."""
+    own_prompts = [name for name in ("environment_factory", "rollout_func") if arguments.get(name)]
+    if args.fill_failed_groups and own_prompts:
+        raise NotImplementedError(
+            f"fill_failed_groups=True does not work with {own_prompts[0]}: a stored rollout belongs to the prompt "
+            f"that the {_OWNERS[own_prompts[0]]} made for it, and not to that of the failed rollout whose place it "
+            "would take. Set fill_failed_groups=False."
+        )
     of_agents = [name for name in ("tools", "environment_factory") if arguments.get(name)]
     if not of_agents:
         return

@@ -82,7 +82,7 @@ class ExGRPOConfig(GRPOConfig):
         fill_failed_groups (`bool`, *optional*, defaults to `False`):
             Whether a stored success takes the place of one failure, drawn at random, where every fresh completion of a
             question failed (AR3PO, 2509.25808). It saves nothing, and gives a signal where there was none. Works with
-            `replay_fraction=0`, too.
+            `replay_fraction=0`, too; refused with `environment_factory` and `rollout_func`.
 
         > Parameters that bound replay
 

@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 
 from .batch import Batch
 from .compatibility import GENERATING, naming_overrides, overridden, wrapped, wrapped_value
+from .filling import filling
 from .processes import Processes
 from .prompts import images_of
 from .records import Scores
@@ -147,6 +148,9 @@ class GenerationHooks(GRPOTrainer):
     def _rolling_out(self, batch: Batch, inputs: list[dict[str, Any]]) -> Iterator[None]:
         """While a batch is generated: environments and rollout functions are kept from rows of stored rollouts."""
         with ExitStack() as stack:
+            if self.args.fill_failed_groups:
+                keeps, compute = self._keeps_rewards, self._rewards_of
+                stack.enter_context(filling(self, batch, inputs, keeps_rewards=keeps, rewards_of=compute))
             if self._has_environments:
                 batch.fresh.prompts = {}
                 stack.enter_context(stand_ins(self, batch, inputs))
@@ -195,6 +199,12 @@ class GenerationHooks(GRPOTrainer):
         self._log_completion_extra("replayed", [position in batch.stored for position in range(num_rows)])
         if batch.fresh.prompts is not None:
             self._keep_shown_prompts(batch, arguments)
+        return self._rewards_of(batch, calculate, *args, **kwargs)
+
+    def _rewards_of(self, batch: Batch, calculate: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """What `calculate` says that the completions of a batch are worth, taken down by it; on all processes."""
+        arguments = self._reward_arguments(*args, **kwargs)
+        num_rows = len(arguments["prompts"])
         with self._processes.together("computing rewards"):
             try:
                 with wrapped_value(self, "reward_funcs", self._reward_funcs_for(batch)):

@@ -48,6 +48,10 @@ class _Average:
             self._values.clear()
         self._values.append(value)
 
+    def add_to_last(self, value: float) -> None:
+        """Add to the value that was added last."""
+        self._values[-1] += value
+
     def mean(self) -> float:
         """Mean of all values."""
         if not self._count:
@@ -191,25 +195,33 @@ class ReplayMetrics:
             }
         )
 
+    def add_to_selection(self, *, selection_seconds: float, scoring_seconds: float, candidates_scored: int) -> None:
+        """Add what choosing more for the same batch has cost."""
+        self._values["replay/candidates_scored"].add_to_last(candidates_scored)
+        self._values["replay/selection_seconds"].add_to_last(selection_seconds)
+        self._values["replay/scoring_seconds"].add_to_last(scoring_seconds)
+
     def add_batch(self, batch: Batch) -> None:
         """Add a generation batch whose rewards are known: fresh and replayed rollouts apart."""
-        is_fresh, replays = batch.is_fresh, batch.replays
-        fresh = np.where(is_fresh, batch.rewards, np.nan)
+        is_fresh, replays, planned = batch.is_fresh, batch.replays, batch.planned
+        fresh = batch.generated_rewards
+        groups = list(dict.fromkeys(batch.group_of(replay) for replay in planned))
         if not batch.is_generated_whole:
-            self.tokens_saved += sum(replay.experience.num_model_tokens for replay in replays)
+            self.tokens_saved += sum(replay.experience.num_model_tokens for replay in planned)
         self.add(
             {
                 "fresh/pass_rate": batch.fresh_pass_rate,
                 "fresh/reward": _nanmean(fresh),
                 "fresh/reward_std": _mean(_stds(fresh)),
-                "fresh/frac_groups_without_signal": _mean(_has_no_signal(fresh[is_fresh.any(axis=1)])),
+                "fresh/frac_groups_without_signal": _mean(_has_no_signal(fresh[batch.is_generated.any(axis=1)])),
                 "replay/active": float(batch.plan.is_started),
-                "replay/fraction": len(batch.replayed_questions) / batch.num_groups,
+                "replay/fraction": len(groups) / batch.num_groups,
             }
         )
+        if batch.fills_groups:
+            self.add({"replay/groups_filled": len(batch.replaced)})
         if not replays:
             return
-        groups = list(batch.replayed_questions)
         staleness = [batch.policy_version - replay.experience.policy_version for replay in replays]
         entropies = [replay.entropy for replay in replays if replay.entropy is not None]
         self.add(

@@ -248,7 +248,7 @@ class Replayable:
         if not new or not has_images(question.example):
             return []
         now = {experience.prompt_hash for experience in new}
-        return [e for e in stored() if e.prompt_hash not in now and not _has_own_prompt(e)]
+        return [e for e in stored() if e.prompt_hash not in now and not has_own_prompt(e)]
 
     def sampler(
         self, sampler: QuestionSampler, resting: Collection[str] = ()
@@ -275,7 +275,8 @@ def _content_of(image: Mapping[str, Any]) -> bytes | None:
     return Path(path).read_bytes() if path and Path(path).is_file() else None
 
 
-def _has_own_prompt(experience: Experience) -> bool:
+def has_own_prompt(experience: Experience) -> bool:
+    """Whether a completion answers a prompt that an environment or a rollout function made of its question's."""
     details = experience.details
     return details is not None and (details.prompt_text is not None or bool(details.prompt_bytes))
 

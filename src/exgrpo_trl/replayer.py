@@ -221,8 +221,7 @@ class Replayer:
 
         def choose() -> Plan:
             replays = tuple(selection.choose(scores, unseen, self.rng))
-            self._num_drifted += sum(self.buffer.evict(*drifted) for drifted in selection.drifted)
-            self.metrics.add_agreements(selection.agreements)
+            self.note_selection(selection)
             chosen.append(Plan(self._version_offset + global_step, self.is_started and not self.is_stopped, replays))
             return chosen[0].without_images() if is_sent else chosen[0]
 
@@ -244,9 +243,15 @@ class Replayer:
             global_step=global_step,
             may_differ=self.questions.may_differ,
             stores_groups=self.args.replays_groups,
+            fills_groups=self.args.fill_failed_groups,
         )
         self._open[self.batch.number] = self.batch
         return self.batch
+
+    def note_selection(self, selection: Selection) -> None:
+        """Evict the candidates that have drifted, and keep what the choices say of last known scores."""
+        self._num_drifted += sum(self.buffer.evict(*drifted) for drifted in selection.drifted)
+        self.metrics.add_agreements(selection.agreements)
 
     def _with_images(self, whole: Plan | None, told: Plan, num_rows: int) -> Plan:
         """The plan as a process needs it: images are sent to those alone whose groups show them."""
@@ -405,9 +410,7 @@ class Replayer:
 
     def _settle(self, batch: Batch) -> None:
         """Note how the replayed completions of a batch have fared, and evict those that are done with."""
-        self.pacing.replayed(
-            (question.question_id for question in batch.replayed_questions.values()), batch.policy_version
-        )
+        self.pacing.replayed((replay.question.question_id for replay in batch.planned), batch.policy_version)
         evicted = {"incorrect": 0, "drifted": self._num_drifted, "used_up": 0}
         self._num_drifted = 0
         for of_one in batch.replayed_items():

@@ -31,19 +31,20 @@ def keeping_stored(
         num_rows (`int`):
             Rows of this process.
     """
-    kept = [dict((e.details.rewards if e.details is not None else None) or {}) for e in stored.values()]
-    by_function = [
-        {position: rewards.get(name) for position, rewards in zip(stored, kept, strict=True)} for name in names
-    ]
     return [
-        function if isinstance(function, torch.nn.Module) else _keeping(function, name, rewards, num_rows)
-        for function, name, rewards in zip(functions, names, by_function, strict=True)
+        function if isinstance(function, torch.nn.Module) else keeping(function, name, rewards, num_rows)
+        for function, name, rewards in zip(functions, names, stored_rewards(stored, names), strict=True)
     ]
 
 
-def _keeping(
-    function: Callable[..., Any], name: str, stored: Mapping[int, float | None], num_rows: int
-) -> Callable[..., Any]:
+def stored_rewards(stored: Mapping[int, Experience], names: Sequence[str]) -> list[dict[int, float | None]]:
+    """Rewards that stored completions had, by function and position."""
+    kept = [dict((e.details.rewards if e.details is not None else None) or {}) for e in stored.values()]
+    return [{position: rewards.get(name) for position, rewards in zip(stored, kept, strict=True)} for name in names]
+
+
+def keeping(function: Callable[..., Any], name: str, stored: Mapping[int, Any], num_rows: int) -> Callable[..., Any]:
+    """A reward function that is asked about the rows alone whose reward is not known, by position."""
     rows = [row for row in range(num_rows) if row not in stored]
 
     def united(rewards: Sequence[Any]) -> list[Any]:

@@ -29,6 +29,8 @@ class Selection:
             Configuration of the trainer.
         strategies ([`Strategies`]):
             Rules to follow.
+        stored_per_group (`int`, *optional*):
+            Most stored completions in a group. By default as the configuration says.
 
     Attributes:
         drifted (`list[tuple[str, Experience]]`):
@@ -38,12 +40,18 @@ class Selection:
     """
 
     def __init__(
-        self, buffer: ReplayBuffer, replayable: Replayable, args: ExGRPOConfig, strategies: Strategies
+        self,
+        buffer: ReplayBuffer,
+        replayable: Replayable,
+        args: ExGRPOConfig,
+        strategies: Strategies,
+        stored_per_group: int | None = None,
     ) -> None:
         self.buffer = buffer
         self.replayable = replayable
         self.args = args
         self.strategies = strategies
+        self.stored_per_group = args.stored_per_group if stored_per_group is None else stored_per_group
         self.questions: dict[str, Question] = {}
         self.candidates: dict[str, list[Candidate]] = {}
         self.groups: dict[str, Sequence[Sequence[Experience]]] = {}
@@ -99,7 +107,7 @@ class Selection:
 
     @property
     def _most_stored(self) -> int:
-        return min(self.args.stored_per_group, self.args.num_generations - 1)
+        return min(self.stored_per_group, self.args.num_generations - 1)
 
     def _has_choice(self, candidates: Sequence[object]) -> bool:
         return len(candidates) > self._most_stored
@@ -125,7 +133,7 @@ class Selection:
 
     def choose(self, scores: Mapping[int, Scores], unseen: Collection[int], rng: np.random.Generator) -> list[Replay]:
         """What is replayed of each drawn question, and its rows (method, section 4); ascending by row."""
-        self._add_scores(scores)
+        self.add_scores(scores)
         drawn = list(self.groups or self.candidates)
         if not drawn:
             return []
@@ -146,7 +154,7 @@ class Selection:
         is_even = self.args.replays_groups and num_groups % num_processes == 0
         return num_groups // num_processes if is_even else num_groups
 
-    def _add_scores(self, scores: Mapping[int, Scores]) -> None:
+    def add_scores(self, scores: Mapping[int, Scores]) -> None:
         """Give candidates their scores, which are counted over those that have a choice; drop those that drifted."""
         if not scores:
             return
@@ -170,9 +178,15 @@ class Selection:
         self.candidates = {question_id: choices for question_id, choices in self.candidates.items() if choices}
 
     def _select(self, question_id: str, row: int, rng: np.random.Generator) -> list[Replay]:
-        waiting = list(self.candidates[question_id])
-        chosen: list[Candidate] = []
-        rows = rows_of_group(row, self.args.num_generations, min(self._most_stored, len(waiting)))
+        candidates = self.candidates[question_id]
+        rows = rows_of_group(row, self.args.num_generations, min(self._most_stored, len(candidates)))
+        return self.put(question_id, candidates, rows, rng)
+
+    def put(
+        self, question_id: str, candidates: Sequence[Candidate], rows: Sequence[int], rng: np.random.Generator
+    ) -> list[Replay]:
+        """As many of a question's candidates as there are rows, chosen one after the other, in these rows."""
+        waiting, chosen = list(candidates), list[Candidate]()
         while len(chosen) < len(rows):
             has_choice = len(waiting) > len(rows) - len(chosen)
             index = self._index(waiting, rng) if has_choice else 0

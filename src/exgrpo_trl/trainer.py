@@ -127,9 +127,10 @@ class ExGRPOTrainer(GenerationHooks):
 
     Raises:
         `NotImplementedError`:
-            When something cannot work with replay (tensor, context and sequence parallelism, unknown loss types, and
-            tools or environments on several processes with a vLLM server or vLLM's tensor parallelism) or with the
-            installed TRL (Liger's loss below 1.14; tools or environments with a vLLM server below 1.14.1).
+            When something cannot work with replay (tensor, context and sequence parallelism, unknown loss types,
+            environments or rollout functions with `fill_failed_groups`, and tools or environments on several processes
+            with a vLLM server or vLLM's tensor parallelism) or with the installed TRL (Liger's loss below 1.14; tools
+            or environments with a vLLM server below 1.14.1).
         `TypeError`:
             When the dataset has a column that cannot be stored, `args` is no [`ExGRPOConfig`], or something else than
             a buffer or a strategy is given as one.

@@ -21,7 +21,8 @@ from recorder import (
     make_recorder,
     replayed_rows,
 )
-from tiny import lora_config
+from test_filled_groups import DryingUp
+from tiny import lora_config, tiny_dataset
 from transformers import AutoModelForCausalLM
 from watched import WatchedTrainer
 
@@ -71,6 +72,27 @@ def test_nothing_is_generated_in_vain(model_folder, tmp_path, case):
     assert_stored_by_policy(trainer, batches)
     for line in trainer.state.log_history if is_corrected else []:
         assert line.get("sampling/sampling_logp_difference/max", 0) < SAME_POLICY
+
+
+def test_filled_groups(model_folder, tmp_path):
+    """Nothing is saved, and stored successes in the place of failures are kept from the correction."""
+    trainer = make_recorder(
+        tmp_path,
+        model_folder,
+        vllm_mode="colocate",
+        fill_failed_groups=True,
+        replay_fraction=0.0,
+        train_dataset=tiny_dataset(8),
+        reward_funcs=DryingUp(),
+    )
+    lag_behind(trainer)
+    with counted_engine(trainer.vllm_generation.llm) as asked:
+        trainer.train()
+    assert len(replayed_rows(trainer.batches)) > 4
+    assert asked == [row["prompt"] for batch in trainer.batches for row in batch["rows"]]
+    assert_replayed_rows_are_left_alone(trainer.batches)
+    for row in replayed_rows(trainer.batches):
+        assert torch.equal(row["sampling_per_token_logps"], row["behavior_per_token_logps"])
 
 
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
