@@ -19,7 +19,7 @@ from .images import opened
 from .plan import Plan
 from .records import Experience, Question, Replay, Scores, prompt_hash
 from .rollout_details import RolloutDetails
-from .rows import checksum, lacks_images, loss_mask
+from .rows import check_rows, checksum, lacks_images, loss_mask
 from .scoring import mean_scores
 from .strategies.admission import Admission
 from .values import copied
@@ -146,7 +146,8 @@ class Batch:
     fresh: FreshRollouts = field(default_factory=FreshRollouts)
     forwards: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _storable: frozenset[int] = frozenset()
-    _prompts: tuple[torch.Tensor, torch.Tensor] = field(init=False)
+    _padded: np.ndarray | None = None  # completion ids as they came back
+    _prompts: tuple[np.ndarray, np.ndarray] = field(init=False)  # ids and mask
     _prompt_hashes: dict[int, int] = field(default_factory=dict)
     _examples: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # by group, or position if they may differ
     _images: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -362,7 +363,8 @@ class Batch:
                 has_loss = [True] * self.num_rows
         if "tool_mask" in output:
             self.fresh.masks = output["tool_mask"].bool().cpu().numpy()
-        self._prompts = output["prompt_ids"], output["prompt_mask"]
+        # Once for all rows: every transfer waits for the device.
+        self._prompts = output["prompt_ids"].cpu().numpy(), output["prompt_mask"].bool().cpu().numpy()
         self._storable = frozenset(
             self.first_row + position
             for position in range(self.num_rows)
@@ -392,34 +394,14 @@ class Batch:
                 When a stored row holds other tokens than the stored completion, or a row others than were rewarded;
                 when a row does not know any more which tokens the model wrote.
         """
-        completion_ids = output["completion_ids"]
-        if len(completion_ids) != self.num_rows or len(self.token_ids) != self.num_rows:
-            raise ValueError(
-                f"{len(completion_ids)} rows came back and {len(self.token_ids)} were rewarded, of {self.num_rows}"
-            )
-        padded = completion_ids.cpu().numpy()
-        for position, ids in enumerate(self.token_ids):
-            row = self.first_row + position
-            if position in self.stored and not np.array_equal(self.stored[position].token_ids, ids):
-                raise ValueError(f"row {row} holds other tokens than the stored completion that was put there")
-            if not np.array_equal(padded[position, : len(ids)], ids):
-                raise ValueError(f"row {row} holds other tokens than those that were rewarded")
-        self._check_masks(output)
-
-    def _check_masks(self, output: Mapping[str, torch.Tensor]) -> None:
-        # TRL's own replay lost them, and trained on what tools had said (TRL #6439).
-        mask = loss_mask(output).bool().cpu().numpy()
-        told = self.fresh.told_masks
-        for position, ids in enumerate(self.token_ids):
-            if position in self.stored:
-                expected = self.stored[position].is_model
-            elif told is not None:
-                expected = np.asarray(told[position], dtype=bool)
-            else:
-                continue
-            of_row = mask[position, : len(ids)]
-            if of_row.any() and not np.array_equal(of_row, expected):  # none: truncated, and not trained
-                raise ValueError(f"row {self.first_row + position} trains on other tokens than those the model wrote")
+        self._padded = check_rows(
+            output,
+            self.token_ids,
+            self.stored,
+            told_masks=self.fresh.told_masks,
+            first_row=self.first_row,
+            num_rows=self.num_rows,
+        )
 
     def leave_out_images(self, output: dict[str, Any]) -> None:
         """Train no stored completion without the images that it was generated for, where TRL has dropped them."""
@@ -445,18 +427,21 @@ class Batch:
                 tokens, and their checksum.
         """
         device = completion_ids.device
-        behavior_logps = torch.zeros(completion_ids.shape, dtype=torch.float32)
-        is_replayed = torch.zeros(self.num_rows, dtype=torch.bool)
+        behavior_logps = np.zeros(completion_ids.shape, dtype=np.float32)
+        is_replayed = np.zeros(self.num_rows, dtype=bool)
         for position, experience in self.stored.items():
-            behavior_logps[position, : experience.num_tokens] = torch.tensor(experience.behavior_per_token_logps)
+            behavior_logps[position, : experience.num_tokens] = experience.behavior_per_token_logps
             is_replayed[position] = True
-        lengths = torch.tensor([len(ids) for ids in self.token_ids], device=device)
-        rows = torch.arange(self.first_row, self.first_row + self.num_rows, device=device)
-        numbers = torch.full_like(rows, self.number)
+        identity = np.empty((self.num_rows, 4), dtype=np.int64)
+        identity[:, 0] = self.number
+        identity[:, 1] = range(self.first_row, self.first_row + self.num_rows)
+        identity[:, 2] = [len(ids) for ids in self.token_ids]
+        told = torch.from_numpy(identity).to(device)
+        told[:, 3] = checksum(completion_ids, told[:, 2])
         return {
-            "behavior_per_token_logps": behavior_logps.to(device),
-            "is_replayed": is_replayed.to(device),
-            IDENTITY: torch.stack([numbers, rows, lengths, checksum(completion_ids, lengths)], dim=1),
+            "behavior_per_token_logps": torch.from_numpy(behavior_logps).to(device),
+            "is_replayed": torch.from_numpy(is_replayed).to(device),
+            IDENTITY: told,
         }
 
     def entropies_of(self, logps: torch.Tensor, is_own: torch.Tensor) -> torch.Tensor:
@@ -488,15 +473,19 @@ class Batch:
         wanted = [i for i, row in enumerate(rows) if row in self._storable and row not in self.experiences]
         if not wanted or self.is_collected:
             return
-        ids = [self.token_ids[rows[i] - self.first_row] for i in wanted]
+        ids = [self._ids_of(rows[i] - self.first_row) for i in wanted]
         lengths = torch.tensor([len(of_row) for of_row in ids], device=logps.device)
         is_own = torch.arange(logps.size(1), device=logps.device) < lengths.unsqueeze(1)
         if self.fresh.masks is not None:
             masks = self.fresh.masks[[rows[i] - self.first_row for i in wanted]]
             is_own &= torch.from_numpy(masks).to(logps.device)
-        means = torch.where(is_own, entropies[wanted].detach().float(), 0.0).sum(-1) / is_own.sum(-1)
+        at = torch.tensor(wanted, device=logps.device)
+        of_rows = torch.where(is_own, entropies.detach().index_select(0, at).float(), 0.0)
+        means = of_rows.sum(-1) / is_own.sum(-1)
         # All of them at once: every transfer waits for the device.
-        recorded = zip(wanted, ids, logps[wanted].detach().float().cpu().numpy(), means.tolist(), strict=True)
+        recorded = zip(
+            wanted, ids, logps.detach().index_select(0, at).float().cpu().numpy(), means.tolist(), strict=True
+        )
         for i, of_row, row_logps, entropy in recorded:
             position = rows[i] - self.first_row
             details = self._details(position)
@@ -532,14 +521,25 @@ class Batch:
         wanted = {row: at for row, at in positions.items() if row in self.stored_rows and row not in self.scores}
         if not wanted or self.is_collected:
             return
-        at = list(wanted.values())
-        logps, entropies = (values.detach()[at] for values in forward)
-        scores = mean_scores(logps, entropies, inputs["behavior_per_token_logps"][at], loss_mask(inputs)[at].bool())
+        at = torch.tensor(list(wanted.values()), device=forward[0].device)
+
+        def of_rows(values: torch.Tensor) -> torch.Tensor:
+            return values.detach().index_select(0, at)
+
+        mask = loss_mask({name: of_rows(inputs[name]) for name in ("completion_mask", "tool_mask") if name in inputs})
+        logps, entropies = map(of_rows, forward)
+        scores = mean_scores(logps, entropies, of_rows(inputs["behavior_per_token_logps"]), mask.bool())
         for row, of_row in zip(wanted, scores, strict=True):
             if not math.isnan(of_row.entropy):  # NaN where nothing of the row is trained
                 self.scores[row] = of_row, version
 
+    def _ids_of(self, position: int) -> Sequence[int] | np.ndarray:
+        ids = self.token_ids[position]
+        return ids if self._padded is None else self._padded[position, : len(ids)]  # the same, and faster to store
+
     def _details(self, position: int) -> RolloutDetails | None:
+        if self.fresh.is_plain:
+            return None
         row = self.first_row + position
         question = self.replayed_questions.get(row // self.group_size) or self.questions.get(row // self.group_size)
         return self.fresh.details(
@@ -554,7 +554,7 @@ class Batch:
         # Prompts of a group are the same, unless an environment or a function has made them.
         key = position if self.shows_own_prompts else self._key(position)
         if key not in self._prompt_hashes:
-            own = ids[position][mask[position].bool()].cpu().numpy()
+            own = ids[position][mask[position]]
             # Images of one size have the same tokens.
             digests = image_digests(self._examples.get(self._key(position), {}))
             self._prompt_hashes[key] = prompt_hash(own, digests)

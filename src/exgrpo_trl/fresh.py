@@ -41,6 +41,12 @@ class FreshRollouts:
     fields: dict[int, dict[str, Any]] = field(default_factory=dict)
     reward_names: list[str] | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing beyond tokens in any of the rows."""
+        parts = (self.masks, self.messages, self.prompts, self.prompt_ids, self.reward_names)
+        return all(part is None for part in parts) and not self.fields
+
     def details(
         self, position: int, num_tokens: int, prompt: Any, rewards: Sequence[float] | None
     ) -> RolloutDetails | None:

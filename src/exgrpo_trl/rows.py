@@ -1,10 +1,14 @@
-"""What TRL's rows of a batch say of themselves: which tokens are trained, and a checksum of them."""
+"""What TRL's rows of a batch say of themselves: which tokens are trained, and whether they came back as they were."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+
+from .records import Experience
 
 
 def lacks_images(output: Mapping[str, Any]) -> bool:
@@ -53,3 +57,64 @@ def _weights(num_columns: int, device: torch.device) -> tuple[torch.Tensor, torc
     """Positions, and powers of an odd number modulo 2^64."""
     positions = torch.arange(num_columns, device=device)
     return positions, torch.full_like(positions, 6364136223846793005).cumprod(0)
+
+
+def check_rows(
+    output: Mapping[str, torch.Tensor],
+    token_ids: Sequence[Sequence[int]],
+    stored: Mapping[int, Experience],
+    *,
+    told_masks: Sequence[Sequence[int]] | None,
+    first_row: int,
+    num_rows: int,
+) -> np.ndarray:
+    """
+    Compare what came back with what was put in, token for token.
+
+    Args:
+        output (`Mapping[str, torch.Tensor]`):
+            Rows of this process as TRL made them: `completion_ids` and, where others than the model wrote tokens,
+            `tool_mask`, both of shape `(num_rows, T)`.
+        token_ids (`Sequence[Sequence[int]]`):
+            Completion token ids by position, as the reward functions saw them.
+        stored (`Mapping[int, Experience]`):
+            Stored completions by position.
+        told_masks (`Sequence[Sequence[int]]` or `None`):
+            Which tokens the model wrote, by position, as whoever generated them told.
+        first_row (`int`):
+            First row of this process.
+        num_rows (`int`):
+            Rows of this process.
+
+    Returns:
+        `np.ndarray`:
+            Completion ids with padding, shape `(num_rows, T)`.
+
+    Raises:
+        `ValueError`:
+            When a stored row holds other tokens than the stored completion, or a row others than were rewarded; when a
+            row does not know any more which tokens the model wrote.
+    """
+    padded = output["completion_ids"].cpu().numpy()
+    if len(padded) != num_rows or len(token_ids) != num_rows:
+        raise ValueError(f"{len(padded)} rows came back and {len(token_ids)} were rewarded, of {num_rows}")
+    lengths = np.fromiter(map(len, token_ids), dtype=np.int64, count=len(token_ids))
+    for position, experience in stored.items():
+        if not np.array_equal(experience.token_ids, token_ids[position]):
+            raise ValueError(
+                f"row {first_row + position} holds other tokens than the stored completion that was put there"
+            )
+    rewarded = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=int(lengths.sum()))
+    is_own = np.arange(padded.shape[1]) < lengths[:, None]
+    if (lengths > padded.shape[1]).any() or not np.array_equal(padded[is_own], rewarded):
+        positions = range(len(token_ids))
+        row = next(p for p in positions if not np.array_equal(padded[p, : lengths[p]], token_ids[p]))
+        raise ValueError(f"row {first_row + row} holds other tokens than those that were rewarded")
+    # TRL's own replay lost the masks, and trained on what tools had said (TRL #6439).
+    masks = loss_mask(output).bool().cpu().numpy()
+    for position in stored if told_masks is None else range(len(token_ids)):
+        told = stored[position].is_model if position in stored else np.asarray(told_masks[position], dtype=bool)  # type: ignore[index]
+        of_row = masks[position, : lengths[position]]
+        if of_row.any() and not np.array_equal(of_row, told):  # none: truncated, and not trained
+            raise ValueError(f"row {first_row + position} trains on other tokens than those the model wrote")
+    return padded
