@@ -27,7 +27,16 @@ from benchmarks.report import machine, picture_of, show, show_targets, write
 from benchmarks.step_cost.memory import measure_memory
 from benchmarks.step_cost.picture import draw_step_cost
 from benchmarks.step_cost.steps import Method, Size, steps_in_turn
-from benchmarks.step_cost.summary import CANDIDATES, COLUMNS, GRPO, PRICE_COLUMNS, price_rows, table_rows, targets_of
+from benchmarks.step_cost.summary import (
+    CANDIDATES,
+    COLUMNS,
+    GRPO,
+    PRICE_COLUMNS,
+    SAVING,
+    price_rows,
+    table_rows,
+    targets_of,
+)
 
 FRACTIONS = [GRPO, *(Method(fraction, 4) for fraction in (0.0, 0.25, 0.5, 0.75))]
 TINY, TINY_128, TINY_384 = (Size("tiny", num_questions=8, length=length) for length in (32, 128, 384))
@@ -36,9 +45,11 @@ SMOLLM2, SMOLLM2_64 = (Size("SmolLM2-135M", num_questions=4, length=length) for 
 FULL = [
     (TINY, FRACTIONS, 40), (TINY, CANDIDATES, 40), (TINY_128, CANDIDATES, 20), (TINY_384, CANDIDATES, 10),
     (SMOLLM2, FRACTIONS, 5), (SMOLLM2, CANDIDATES, 10), (SMOLLM2_64, CANDIDATES, 5),
+    (TINY, SAVING, 40), (TINY_128, SAVING, 20), (TINY_384, SAVING, 10), (SMOLLM2, SAVING, 5), (SMOLLM2_64, SAVING, 5),
 ]  # fmt: skip
 SHORT = [
-    (TINY, FRACTIONS, 8), (TINY, CANDIDATES, 8), (TINY_128, [GRPO, Method(0.5, 1), Method(0.5, 4)], 4),
+    (TINY, FRACTIONS, 8), (TINY, CANDIDATES, 8), (TINY, SAVING, 8),
+    (TINY_128, [GRPO, Method(0.5, 1), Method(0.5, 4)], 4),
     (SMOLLM2, [GRPO, Method(0.5, 1), Method(0.5, 4)], 3),
 ]  # fmt: skip
 WARM_UP = 1

@@ -43,19 +43,38 @@ class Method:
     Attributes:
         replay_fraction: Share of the questions that are replayed; `None` is TRL's own trainer.
         candidates: Stored completions of every question.
+        way: `"current"` (the paper), `"last_known"`, or `"group"`: whole groups.
+        per_group: Stored completions in the group of a replayed question.
     """
 
     replay_fraction: float | None = None
     candidates: int = 1
+    way: str = "current"
+    per_group: int = 1
 
     def __str__(self) -> str:
         if self.replay_fraction is None:
             return "GRPO"
-        return f"ExGRPO {self.replay_fraction:g}, {self.candidates} stored"
+        if self.way == "group":
+            return f"ExGRPO {self.replay_fraction:g}, whole groups"
+        ways = [] if self.way == "current" else ["last known scores"]
+        ways += [f"{self.per_group} in a group"] if self.per_group > 1 else []
+        return ", ".join([f"ExGRPO {self.replay_fraction:g}", f"{self.candidates} stored", *ways])
 
     def num_replayed(self, size: Size) -> int:
-        """Questions of a batch that are replayed: as many completions are not generated."""
+        """Questions of a batch that are replayed."""
         return int((self.replay_fraction or 0.0) * size.num_questions)
+
+    def num_saved(self, size: Size) -> int:
+        """Completions of a batch that are not generated."""
+        return self.num_replayed(size) * (GROUP_SIZE if self.way == "group" else self.per_group)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Fields of the config."""
+        if self.way == "group":
+            return {"replay_unit": "group"}
+        return {"candidate_scores": self.way, "stored_per_group": self.per_group}
 
 
 @dataclass
@@ -150,17 +169,25 @@ def load_parts(size: Size) -> tuple[Any, Any, Dataset]:
     return AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder), questions
 
 
-def filled_buffer(questions: Dataset, size: Size, candidates: int, vocab_size: int) -> ExperienceBuffer:
-    """Random successes for every question, none of them better known to the policy than any other."""
+def filled_buffer(questions: Dataset, size: Size, method: Method, vocab_size: int) -> ExperienceBuffer:
+    """Random completions for every question, none of them better known to the policy than any other."""
     rng = np.random.default_rng(0)
+    is_whole = method.way == "group"
+    num_stored = GROUP_SIZE if is_whole else method.candidates
     buffer = ExperienceBuffer(
-        group_size=GROUP_SIZE, retire_solved=False, max_completions_per_question=candidates, seed=0
-    )
+        group_size=GROUP_SIZE, retire_solved=False, max_completions_per_question=num_stored, seed=0,
+        unit="group" if is_whole else "completion",
+    )  # fmt: skip
     for row in questions:
-        ids = rng.integers(2, vocab_size - 1, size=(candidates, size.length))
+        ids = rng.integers(2, vocab_size - 1, size=(num_stored, size.length))
         ids[:, 0] += ids.sum(axis=1) % 2  # an even sum counts as correct
+        if is_whole:
+            ids[::2, 0] += np.where(ids[::2, 0] > 2, -1, 1)  # every second one does not
         stored = [
-            Experience.create(row_ids, np.full(size.length, -2.0), policy_version=0, reward=1.0) for row_ids in ids
+            Experience.create(
+                row_ids, np.full(size.length, -2.0), policy_version=0, reward=float(row_ids.sum() % 2 == 0)
+            )
+            for row_ids in ids
         ]
         question = Question(question_id_of(row["prompt"]), row)
         buffer.collect(question, stored, num_correct=GROUP_SIZE // 2, group_size=GROUP_SIZE)
@@ -193,10 +220,10 @@ def make_trainer(size: Size, method: Method, steps: int, output_dir: Path | str,
             "replay_fraction": method.replay_fraction,
             "replay_start_pass_rate": None,
             "retire_solved": False,
-            "max_completions_per_question": method.candidates,
-        }
+            "max_completions_per_question": GROUP_SIZE if method.way == "group" else method.candidates,
+        } | method.config
         if method.replay_fraction:
-            more["experience_buffer"] = filled_buffer(questions, size, method.candidates, len(encode))
+            more["experience_buffer"] = filled_buffer(questions, size, method, len(encode))
     trainer = (GRPOTrainer if is_grpo else ExGRPOTrainer)(
         model=model,
         reward_funcs=parity_reward,

@@ -47,6 +47,8 @@ def lag_behind(trainer):
 
 CASES = {
     "plain": {},
+    "several_stored": {"stored_per_group": 3, "candidate_scores": "last_known"},
+    "groups": {"replay_unit": "group"},
     "lora": {"use_lora": True},
     "uncorrected": {"vllm_importance_sampling_correction": False},
     "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},

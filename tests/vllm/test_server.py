@@ -21,6 +21,8 @@ pytestmark = pytest.mark.xdist_group("server")
 
 CASES = {
     "plain": {},
+    "several_stored": {"stored_per_group": 3, "candidate_scores": "last_known"},
+    "groups": {"replay_unit": "group"},
     "lora": {"use_lora": True},
     "uncorrected": {"vllm_importance_sampling_correction": False},
     "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
@@ -81,6 +83,15 @@ def test_nothing_is_generated_in_vain(server, model_folder, tmp_path, case):
         if "old_per_token_logps" in row
     ) if is_corrected else 1.0  # fmt: skip
     assert moved > 0.05, "the policy never moved, so that stale weights would not have been noticed"
+
+
+def test_a_replayed_batch_asks_for_nothing(server, model_folder, tmp_path):
+    options = {"replay_unit": "group", "replay_whole_batches": True, "per_device_train_batch_size": 4, "max_steps": 14}
+    trainer, counted = train(server, tmp_path, model_folder, train_dataset=tiny_dataset(4), **options)
+    replayed = [batch for batch in trainer.batches if all(row["is_replayed"] for row in batch["rows"])]
+    assert len(replayed) > 3
+    assert counted["http"] == len(trainer.batches) - len(replayed)
+    assert counted["sequences"] == 4 * counted["http"] == len(fresh_rows(trainer.batches))
 
 
 def test_prompts_stay_together_where_one_number_fits_all(server, model_folder, tmp_path):
