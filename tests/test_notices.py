@@ -84,6 +84,19 @@ def test_the_start_names_numbers_and_the_rule(messages):
     assert "wait" not in messages[0]
 
 
+def test_the_start_tells_what_a_fraction_of_a_question_means(messages):
+    make_notices(replay_fraction=0.2).start(ExperienceBuffer(), is_started=True)
+    assert "up to 1 of the 4 questions of a generation batch (0.8 on average)" in messages[0]
+
+
+def test_the_start_tells_of_fills(messages):
+    make_notices(replay_fraction=0.5, fill_failed_groups=True).start(ExperienceBuffer(), is_started=True)
+    assert "up to 2 of the 4 questions" in messages[0]
+    assert "; a stored success takes the place of a failure" in messages[0]
+    make_notices(replay_fraction=0.0, fill_failed_groups=True).start(ExperienceBuffer(), is_started=True)
+    assert messages[1].startswith("A stored success takes the place of a failure")
+
+
 def test_a_filled_buffer_that_waits(messages):
     make_notices(replay_start_pass_rate=0.35).start(filled(), is_started=False)
     assert "exceeded replay_start_pass_rate=0.35" in messages[0]

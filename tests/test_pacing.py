@@ -106,7 +106,7 @@ def test_its_state_survives_json():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"replay_fraction": 1}, "replay_fraction=1 leaves no fresh question"),
+        ({"replay_fraction": 1}, "replay_fraction=1 is out of range: it leaves no fresh question"),
         ({"candidate_scores": "latest"}, "candidate_scores='latest' is unknown. Choose current or last_known"),
         ({"replay_unit": "question"}, "replay_unit='question' is unknown. Choose completion or group"),
         ({"stored_per_group": 0}, "stored_per_group=0"),

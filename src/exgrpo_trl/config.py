@@ -353,10 +353,10 @@ class ExGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.replay_fraction == 1:
+        if self.replay_fraction == 1 and not isinstance(self.replay_fraction, bool):
             raise ValueError(
-                "replay_fraction=1 leaves no fresh question in a batch, so that nothing new is ever learned or "
-                "stored. It must be a number in [0, 1)."
+                f"replay_fraction={self.replay_fraction!r} is out of range: it leaves no fresh question in a batch, "
+                "so that nothing new is ever learned or stored. It must be a number in [0, 1)."
             )
         _check_range("replay_fraction", self.replay_fraction, 0, 1, high_excluded=True)
         if self.replay_start_pass_rate is not None:

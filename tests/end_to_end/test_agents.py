@@ -288,11 +288,11 @@ class ScoredTrainer(AgentTrainer):
 
 @pytest.mark.parametrize("kind", ["tools", "environment_observes_anew", "function"])
 def test_candidates_are_scored_by_what_the_model_wrote(tmp_path, kind):
-    trainer, _ = train(tmp_path, kind, ScoredTrainer, completion_selection="lowest_entropy")
+    trainer, _ = train(tmp_path, kind, ScoredTrainer, completion_selection="lowest_entropy", max_drift=100.0)
     stored = {e.token_bytes: e for b in trainer.batches for e in b["stored"].values()}
     stored |= {experience.token_bytes: experience for _, _, experience in trainer.experience_buffer.items()}
     num_checked = num_foreign = 0
-    for policy, of_one, (entropy, negative_log_likelihood) in trainer.scored:
+    for policy, of_one, (entropy, negative_log_likelihood, drift) in trainer.scored:
         experience = stored.get(of_one.completion.tobytes())
         if experience is None:  # retired since
             continue
@@ -304,6 +304,8 @@ def test_candidates_are_scored_by_what_the_model_wrote(tmp_path, kind):
         is_model = torch.from_numpy(experience.is_model.copy())
         assert entropy == pytest.approx(entropies[is_model].mean().item(), abs=2e-5)
         assert negative_log_likelihood == pytest.approx(-logps[is_model].mean().item(), abs=2e-5)
+        ratios = (logps.numpy() - experience.behavior_per_token_logps)[experience.is_model]
+        assert drift == pytest.approx(abs(ratios).mean(), abs=2e-5)
         num_checked += 1
         num_foreign += int((~is_model).sum())
     assert num_checked > 5

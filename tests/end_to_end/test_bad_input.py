@@ -114,15 +114,6 @@ def test_an_unknown_loss_type_is_refused(tmp_path):
         make_trainer(tmp_path, loss_type="ppo")
 
 
-def test_a_fraction_that_replays_nothing_is_said(tmp_path, warnings_of):
-    make_trainer(tmp_path, replay_fraction=0.2)
-    (message,) = warnings_of
-    assert "replay_fraction=0.2 of the 4 question(s)" in message
-    assert "generation_batch_size=16" in message
-    make_trainer(tmp_path, replay_fraction=0.25)
-    assert len(warnings_of) == 1
-
-
 def test_an_unknown_success_reward_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"success_reward='accuracy'.*first_letter_reward"):
         make_trainer(tmp_path, success_reward="accuracy")

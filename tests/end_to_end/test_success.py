@@ -4,8 +4,6 @@ import pytest
 from ranks import run_ranks
 from tiny import first_letter_reward, make_trainer
 
-from exgrpo_trl import ExGRPOConfig
-
 
 def form(completions, **kwargs):
     """1 for all that end in time, or begin with a letter up to m."""
@@ -103,35 +101,3 @@ def test_a_name_that_two_functions_have_cannot_decide(tmp_path):
         make_trainer(
             tmp_path, reward_funcs=[first_letter_reward, twin], success_reward="first_letter_reward", max_steps=1
         )
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},  # TRL's defaults: one question in a batch
-        {"per_device_train_batch_size": 4, "num_generations": 8, "gradient_accumulation_steps": 2},
-        {"per_device_train_batch_size": 8, "num_generations": 8, "replay_fraction": 0.1},
-        {
-            "per_device_train_batch_size": 3,
-            "num_generations": 2,
-            "gradient_accumulation_steps": 2,
-            "replay_fraction": 0.3,
-        },
-    ],
-)
-def test_the_warning_of_a_small_batch_names_one_that_works(tmp_path, monkeypatch, options):
-    from exgrpo_trl import compatibility
-
-    messages = []
-    monkeypatch.setattr(compatibility.logger, "warning", messages.append)
-    arguments = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"} | options
-    compatibility.check_arguments({}, ExGRPOConfig(**arguments))
-    (message,) = messages
-    setting, value = message.split("nothing will be replayed. ")[1].split(" ")[0].split("=")
-    larger = ExGRPOConfig(**arguments | {setting: int(value)})
-    assert larger.num_groups_to_replay == 1
-    if int(value) - 1 > arguments.get("gradient_accumulation_steps", 1):
-        smaller = arguments | {setting: int(value) - 1}
-        rows = arguments["per_device_train_batch_size"] * (int(value) - 1)
-        if rows % arguments["num_generations"] == 0:  # else TRL has no such batch
-            assert ExGRPOConfig(**smaller).num_groups_to_replay == 0
