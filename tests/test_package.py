@@ -66,7 +66,7 @@ def test_py_typed_is_shipped() -> None:
 ORDER = [
     "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer", "cli",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
-    "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices",
+    "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
     "compatibility", "asking", "replayer", "filling", "generation", "trainer",
 ]  # fmt: skip
 

@@ -26,7 +26,8 @@ from .plan import Plan
 from .processes import Processes
 from .prompts import Prompts
 from .questions import Replayable, TrainingQuestions
-from .records import Experience, Question, Replay, Reuse, Scores
+from .records import Experience, Question, Replay, Scores
+from .reuse import settle
 from .rows import checksum
 from .scoring import Prompted, score_candidates, without_images
 from .selection import Selection
@@ -385,7 +386,11 @@ class Replayer:
         batch.unite(shares)
         for share in shares:
             self.coverage.generated(share.generated)
-        self._settle(batch)
+        self.pacing.replayed((replay.question.question_id for replay in batch.planned), batch.policy_version)
+        evicted = settle(self.buffer, self.args, batch)
+        evicted["drifted"] += self._num_drifted
+        self._num_drifted = 0
+        self.metrics.add_collection(evicted)
         self.pacing.observe(merged(sums).effective_sample_size)
         for group, question, experiences in batch.groups():
             is_solved = bool(admission.is_solved[group])
@@ -407,46 +412,6 @@ class Replayer:
         if not self.is_started:
             self.is_started = batch.fresh_pass_rate > self.args.replay_start_pass_rate  # type: ignore[operator]
         self.strategies.observe(batch)
-
-    def _settle(self, batch: Batch) -> None:
-        """Note how the replayed completions of a batch have fared, and evict those that are done with."""
-        self.pacing.replayed((replay.question.question_id for replay in batch.planned), batch.policy_version)
-        evicted = {"incorrect": 0, "drifted": self._num_drifted, "used_up": 0}
-        self._num_drifted = 0
-        for of_one in batch.replayed_items():
-            reuses = [self._note(batch, replay) for replay in of_one]
-            reason = self._reason_to_evict(batch, of_one, reuses)
-            if reason is not None and self.buffer.evict(of_one[0].question.question_id, of_one[0].experience):
-                evicted[reason] += len(of_one)
-        self.metrics.add_collection(evicted)
-
-    def _note(self, batch: Batch, replay: Replay) -> Reuse | None:
-        if not hasattr(self.buffer, "note_reuse"):  # a buffer of the user, which nothing needs it of
-            return None
-        reuse = self.buffer.reuse(replay.experience)
-        reuse = replace(reuse, num_replays=reuse.num_replays + 1)
-        if replay.row in batch.scores:
-            scores, version = batch.scores[replay.row]
-            # A policy that rules a token out gives infinite scores.
-            entropy, likelihood = (value if np.isfinite(value) else np.nan for value in scores[:2])
-            reuse = Reuse(reuse.num_replays, entropy, likelihood, version)
-        self.buffer.note_reuse(replay.question.question_id, replay.experience, reuse)
-        return reuse
-
-    def _reason_to_evict(self, batch: Batch, of_one: Sequence[Replay], reuses: Sequence[Reuse | None]) -> str | None:
-        rows = [replay.row for replay in of_one]
-        is_worth, rewards = batch.admission.is_worth_storing.flat[rows], batch.rewards.flat[rows]
-        is_done = is_worth.all() or not is_worth.any() if self.args.replays_groups else not is_worth.all()
-        if is_done and not np.isnan(rewards).any():
-            return "incorrect"
-        if self.args.max_drift is not None:
-            drifts = [batch.scores[row][0].drift if row in batch.scores else np.nan for row in rows]
-            num_tokens = [replay.experience.num_model_tokens for replay in of_one]
-            if np.average(drifts, weights=num_tokens) > self.args.max_drift:
-                return "drifted"
-        most = self.args.max_replays
-        is_used_up = most is not None and any(reuse is not None and reuse.num_replays >= most for reuse in reuses)
-        return "used_up" if is_used_up else None
 
     def _forget_other_images(self, question: Question, new: Sequence[Experience]) -> None:
         def stored() -> Sequence[Experience]:

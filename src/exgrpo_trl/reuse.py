@@ -1,0 +1,69 @@
+"""How replayed completions have fared: what is noted of them, and which are done with. On the main process."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from .batch import Batch
+from .buffer import ReplayBuffer
+from .config import ExGRPOConfig
+from .records import Replay, Reuse
+
+
+def settle(buffer: ReplayBuffer, args: ExGRPOConfig, batch: Batch) -> dict[str, int]:
+    """
+    Note the replays of a batch that was trained, and evict those that are done with.
+
+    Args:
+        buffer ([`ReplayBuffer`]):
+            Experience buffer.
+        args ([`ExGRPOConfig`]):
+            Configuration of the trainer.
+        batch ([`Batch`]):
+            The batch, with what all processes know of it.
+
+    Returns:
+        `dict[str, int]`:
+            Number of completions that left, by reason.
+    """
+    evicted = {"incorrect": 0, "drifted": 0, "used_up": 0}
+    for of_one in batch.replayed_items():
+        reuses = [_note(buffer, batch, replay) for replay in of_one]
+        reason = _reason_to_evict(args, batch, of_one, reuses)
+        if reason is not None and buffer.evict(of_one[0].question.question_id, of_one[0].experience):
+            evicted[reason] += len(of_one)
+    return evicted
+
+
+def _note(buffer: ReplayBuffer, batch: Batch, replay: Replay) -> Reuse | None:
+    if not hasattr(buffer, "note_reuse"):  # a buffer of the user, which nothing needs it of
+        return None
+    reuse = buffer.reuse(replay.experience)
+    reuse = replace(reuse, num_replays=reuse.num_replays + 1)
+    if replay.row in batch.scores:
+        scores, version = batch.scores[replay.row]
+        # A policy that rules a token out gives infinite scores.
+        entropy, likelihood = (value if np.isfinite(value) else np.nan for value in scores[:2])
+        reuse = Reuse(reuse.num_replays, entropy, likelihood, version)
+    buffer.note_reuse(replay.question.question_id, replay.experience, reuse)
+    return reuse
+
+
+def _reason_to_evict(
+    args: ExGRPOConfig, batch: Batch, of_one: Sequence[Replay], reuses: Sequence[Reuse | None]
+) -> str | None:
+    """Why a completion, or the completions of a group, should leave; `None` if they may stay."""
+    rows = [replay.row for replay in of_one]
+    is_worth, rewards = batch.admission.is_worth_storing.flat[rows], batch.rewards.flat[rows]
+    is_done = is_worth.all() or not is_worth.any() if args.replays_groups else not is_worth.all()
+    if is_done and not np.isnan(rewards).any():
+        return "incorrect"
+    if args.max_drift is not None:
+        drifts = [batch.scores[row][0].drift if row in batch.scores else np.nan for row in rows]
+        num_tokens = [replay.experience.num_model_tokens for replay in of_one]
+        if np.average(drifts, weights=num_tokens) > args.max_drift:
+            return "drifted"
+    most = args.max_replays
+    is_used_up = most is not None and any(reuse is not None and reuse.num_replays >= most for reuse in reuses)
+    return "used_up" if is_used_up else None
