@@ -52,7 +52,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "last-known": {"replay_weighting": "balanced", "candidate_scores": "last_known"},
     "stored-2": {"replay_weighting": "balanced", "candidate_scores": "last_known", "stored_per_group": 2},
     "stored-4": {"replay_weighting": "balanced", "candidate_scores": "last_known", "stored_per_group": 4},
-    "groups": {"replay_weighting": "balanced", "replay_unit": "group"},
+    "groups": {"replay_weighting": "truncated", "replay_unit": "group", "max_replays": 1},
+    "groups-unbounded": {"replay_weighting": "balanced", "replay_unit": "group"},
     "filled": {"replay_weighting": "balanced", "replay_fraction": 0.0, "fill_failed_groups": True},
     "replayed-and-filled": {
         "replay_weighting": "balanced",
@@ -60,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "fill_failed_groups": True,
     },
 }
-SAVING = ("last-known", "stored-2", "stored-4", "groups", "filled", "replayed-and-filled")
+SAVING = ("last-known", "stored-2", "stored-4", "groups", "groups-unbounded", "filled", "replayed-and-filled")
 # What is kept of TRL's log lines.
 LOGGED = (
     "entropy", "reward", "frac_reward_zero_std", "completions/mean_length", "fresh/pass_rate",
