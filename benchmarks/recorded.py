@@ -7,9 +7,10 @@ from typing import Any
 from benchmarks.agents import records as agents
 from benchmarks.agents.summary import summarized as summarized_agents
 from benchmarks.learning.records import read
-from benchmarks.learning.stages import reported_runs, tuning_runs
+from benchmarks.learning.saving import saving_rows
+from benchmarks.learning.stages import reported_runs, saving_runs, tuning_runs
 from benchmarks.learning.summary import summarized
-from benchmarks.report import Target
+from benchmarks.report import Target, together
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -25,7 +26,13 @@ def content_in(file: Path) -> dict[str, Any]:
         of_agents = agents.read(file)
         return summarized_agents(list(of_agents), of_agents)
     made = read(file)
-    return summarized(reported_runs(made), tuning_runs(), made)
+    content = summarized(reported_runs(made), tuning_runs(), made)
+    ways = saving_runs(made)
+    timed = file.parent / "learning_seconds.json"
+    seconds = json.loads(timed.read_text())["results"][0]["seconds"] if timed.exists() else {}
+    content["results"]["saved"] = saving_rows(made, reported_runs(made) + ways, seconds)
+    content["results"]["machines"]["saved"] = together(made[run]["machine"] for run in ways if run in made)
+    return content
 
 
 def targets_in(file: Path) -> list[Target]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.buffer_scale import summary as buffer_scale
 from benchmarks.buffer_scale.picture import draw_buffer_scale
+from benchmarks.learning import saving
 from benchmarks.learning import summary as learning
 from benchmarks.learning.pictures import draw_all
 from benchmarks.learning.records import RECORDED, read
@@ -94,6 +95,11 @@ def ablation_tables(content: dict[str, Any]) -> Iterator[str]:
     yield markdown(learning.ABLATION_COLUMNS, rows)
 
 
+def saving_tables(content: dict[str, Any]) -> Iterator[str]:
+    """One table."""
+    yield markdown(saving.COLUMNS, content["results"]["saved"])
+
+
 # Name of a place in the page: file of results, what makes its tables, and the part that has machines of its own.
 PLACES = {
     "step-cost": ("step_cost.json", step_cost_tables, None),
@@ -101,6 +107,7 @@ PLACES = {
     "tuning": ("learning.parquet", tuning_tables, "tuned"),
     "comparison": ("learning.parquet", comparison_tables, "compared"),
     "ablations": ("learning.parquet", ablation_tables, "ablated"),
+    "ways": ("learning.parquet", saving_tables, "saved"),
 }
 
 

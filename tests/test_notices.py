@@ -97,6 +97,12 @@ def test_the_start_tells_of_fills(messages):
     assert messages[1].startswith("A stored success takes the place of a failure")
 
 
+def test_groups_that_come_back_without_a_bound(messages):
+    for bound in ({}, {"max_replays": 1}, {"max_staleness": 5}, {"max_drift": 0.5}):
+        make_notices(replay_unit="group", **bound).start(ExperienceBuffer(unit="group"), is_started=True)
+    assert ["Set max_replays=1, max_staleness or max_drift" in message for message in messages] == [True] + [False] * 3
+
+
 def test_a_filled_buffer_that_waits(messages):
     make_notices(replay_start_pass_rate=0.35).start(filled(), is_started=False)
     assert "exceeded replay_start_pass_rate=0.35" in messages[0]

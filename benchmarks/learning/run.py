@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,53 +153,63 @@ def warm_up_folder(skew_and_seed: tuple[float, int]) -> Path:
     return warm_up(Task(skew), seed, WARM_UPS / f"hidden-operations-{skew}-{seed}")
 
 
+def make_trainer(run: Run, output_dir: str, callbacks: Sequence[TrainerCallback], train_questions: Any) -> Any:
+    """The trainer of a run."""
+    is_grpo = run.method == "grpo"
+    options: dict[str, Any] = {
+        "output_dir": output_dir,
+        "per_device_train_batch_size": ROWS,
+        "num_generations": 8,
+        "max_completion_length": ANSWER_TOKENS,
+        "learning_rate": run.learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_steps": run.steps,
+        "max_grad_norm": 1.0,
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+        "beta": 0.0,
+        "seed": run.seed,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if not is_grpo:
+        options |= {"replay_start_pass_rate": None} | METHODS[run.method]
+    trainer_class: Any = GRPOTrainer if is_grpo else ExGRPOTrainer
+    more: dict[str, Any] = {}
+    if run.method == "questions-only":
+        trainer_class, more["experience_buffer"] = QuestionsOnly, KeepingBuffer(group_size=8, seed=run.seed)
+    trainer = trainer_class(
+        model=LlamaForCausalLM.from_pretrained(warm_up_folder((SETTINGS[run.setting][0], run.warm_up))),
+        reward_funcs=final_result_reward,
+        args=(GRPOConfig if is_grpo else ExGRPOConfig)(**options),
+        train_dataset=train_questions,
+        processing_class=tokenizer(),
+        callbacks=list(callbacks),
+        **more,
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ == "PrinterCallback":
+            trainer.remove_callback(callback)
+    return trainer
+
+
+def questions_of(run: Run) -> tuple[Any, Any]:
+    """Training and held-out questions of a run."""
+    skew, hopeless = SETTINGS[run.setting]
+    return Task(skew).questions(NUM_TRAIN, NUM_HELD_OUT, hopeless, run.seed)
+
+
 def train(run: Run) -> dict[str, Any]:
     """Make a run; returns what its file holds."""
-    skew, hopeless = SETTINGS[run.setting]
-    task, folder = Task(skew), warm_up_folder((skew, run.warm_up))
-    train_questions, held_out = task.questions(NUM_TRAIN, NUM_HELD_OUT, hopeless, run.seed)
+    train_questions, held_out = questions_of(run)
     curve = Curve(held_out)
-    is_grpo = run.method == "grpo"
     with tempfile.TemporaryDirectory() as output_dir:
-        options: dict[str, Any] = {
-            "output_dir": output_dir,
-            "per_device_train_batch_size": ROWS,
-            "num_generations": 8,
-            "max_completion_length": ANSWER_TOKENS,
-            "learning_rate": run.learning_rate,
-            "lr_scheduler_type": "constant",
-            "max_steps": run.steps,
-            "max_grad_norm": 1.0,
-            "loss_type": "dr_grpo",
-            "scale_rewards": "none",
-            "beta": 0.0,
-            "seed": run.seed,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "logging_steps": 5,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        if not is_grpo:
-            options |= {"replay_start_pass_rate": None} | METHODS[run.method]
-        trainer_class: Any = GRPOTrainer if is_grpo else ExGRPOTrainer
-        more: dict[str, Any] = {}
-        if run.method == "questions-only":
-            trainer_class, more["experience_buffer"] = QuestionsOnly, KeepingBuffer(group_size=8, seed=run.seed)
-        trainer = trainer_class(
-            model=LlamaForCausalLM.from_pretrained(folder),
-            reward_funcs=final_result_reward,
-            args=(GRPOConfig if is_grpo else ExGRPOConfig)(**options),
-            train_dataset=train_questions,
-            processing_class=tokenizer(),
-            callbacks=[curve],
-            **more,
-        )
-        for callback in list(trainer.callback_handler.callbacks):
-            if type(callback).__name__ == "PrinterCallback":
-                trainer.remove_callback(callback)
+        trainer = make_trainer(run, output_dir, [curve], train_questions)
         trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     return {

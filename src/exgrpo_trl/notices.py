@@ -59,6 +59,12 @@ class Notices:
                 f"The experience buffer holds completions of {buffer.num_questions} questions, which wait for that: "
                 "replay_start_pass_rate=None uses them at once."
             )
+        bounds = (self.args.max_replays, self.args.max_staleness, self.args.max_drift)
+        if self.args.replays_groups and bounds == (None, None, None):
+            told.append(
+                "Nothing bounds how often a group comes back: the same failures pushed down again and again have ruined "
+                "learning in our benchmark. Set max_replays=1, max_staleness or max_drift."
+            )
         if self.args.max_staleness == 0:
             told.append(
                 "max_staleness=0 evicts every completion before it can be replayed: use at least 1, or None for no "
