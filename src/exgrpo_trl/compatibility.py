@@ -119,7 +119,7 @@ def naming_overrides(trainer: Any, names: Iterable[str]) -> Iterator[None]:
         raise RuntimeError(
             f"{overridden(trainer, names)} has changed what replay put into a generation batch: {error}. Leave the "
             "rows of stored completions (trainer.replayer.batch.stored) as they are, return every row with all of its "
-            "columns, and change completions before they are rewarded; or set replay_fraction=0 to train without "
+            f"columns, and change completions before they are rewarded; or set {trainer.args.off} to train without "
             "replay."
         ) from error
 
@@ -127,7 +127,7 @@ def naming_overrides(trainer: Any, names: Iterable[str]) -> Iterator[None]:
 def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
     """Refuse what replay does not support, before a model is loaded."""
     check_hooks()
-    way_out = "Remove it, or set replay_fraction=0 to train with plain GRPO."
+    way_out = f"Remove it, or set {args.off} to train with plain GRPO."
     _check_agents(arguments, args)
     unsuitable = sorted({"n", "best_of", "seed"} & set(args.generation_kwargs or ())) if args.use_vllm else []
     if unsuitable:
@@ -146,7 +146,7 @@ def check_arguments(arguments: Mapping[str, Any], args: ExGRPOConfig) -> None:
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         raise NotImplementedError(
             f"Replay does not support tensor, context or sequence parallelism ({parallelism}): every process must "
-            "have rows of its own. Use DDP, FSDP or DeepSpeed, or set replay_fraction=0."
+            f"have rows of its own. Use DDP, FSDP or DeepSpeed, or set {args.off}."
         )
     loading = args.accelerator_config
     if args.world_size > 1 and (loading.split_batches or loading.dispatch_batches):

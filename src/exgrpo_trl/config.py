@@ -440,6 +440,11 @@ class ExGRPOConfig(GRPOConfig):
         return min(most, self.num_groups - num_alike)
 
     @property
+    def off(self) -> str:
+        """What to set for plain GRPO, in the words of messages."""
+        return "replay_fraction=0" + (" and fill_failed_groups=False" if self.fill_failed_groups else "")
+
+    @property
     def trains_stored(self) -> bool:
         """Whether stored completions are trained at all; otherwise this is plain GRPO."""
         return self.replay_fraction > 0 or self.fill_failed_groups

@@ -105,7 +105,7 @@ class GenerationHooks(GRPOTrainer):
             raise RuntimeError(
                 f"{overridden(self, GENERATING)} asks for {len(prompt_ids)} completions of a batch of "
                 f"{batch.num_rows} rows, so that stored completions cannot find theirs. Call the method of the "
-                "parent once with all rows, or set replay_fraction=0 to train without replay."
+                f"parent once with all rows, or set {self.args.off} to train without replay."
             )
 
         def generate(prompt_ids: Any, images: Any, multimodal_fields: Any) -> Any:

@@ -272,7 +272,7 @@ class ExGRPOTrainer(GenerationHooks):
                 f"{overridden(self, (*LOSS, *GENERATING))} computes a loss without GRPOTrainer._compute_loss, or of "
                 f"rows without the columns {list(COLUMNS)}, so stored completions would train without their "
                 "importance weight, and fresh ones could not be stored. Call the method of the parent with all "
-                "columns, or set replay_fraction=0 to train without replay."
+                f"columns, or set {self.args.off} to train without replay."
             )
         return loss
 
