@@ -62,7 +62,7 @@ class Notices:
         bounds = (self.args.max_replays, self.args.max_staleness, self.args.max_drift)
         if self.args.replays_groups and bounds == (None, None, None):
             told.append(
-                "Nothing bounds how often a group comes back, and the same failures, pushed down again and again, have "
+                "Nothing bounds how often a group comes back: the same failures, pushed down again and again, have "
                 "ruined learning in our benchmark. Set max_replays=1, max_staleness or max_drift."
             )
         if self.args.max_staleness == 0:
