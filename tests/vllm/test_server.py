@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` makes an environment that has it")
 
+import torch
 from peft import get_peft_model
 from recorder import (
     SAME_POLICY,
@@ -14,6 +15,7 @@ from recorder import (
     make_recorder,
     replayed_rows,
 )
+from test_filled_groups import DryingUp
 from tiny import lora_config, tiny_dataset
 from transformers import AutoModelForCausalLM
 
@@ -83,6 +85,19 @@ def test_nothing_is_generated_in_vain(server, model_folder, tmp_path, case):
         if "old_per_token_logps" in row
     ) if is_corrected else 1.0  # fmt: skip
     assert moved > 0.05, "the policy never moved, so that stale weights would not have been noticed"
+
+
+def test_filled_groups(server, model_folder, tmp_path):
+    """All completions are asked for, and then stored successes stand in the place of failures."""
+    options = {"fill_failed_groups": True, "replay_fraction": 0.0, "train_dataset": tiny_dataset(8)}
+    trainer, counted = train(server, tmp_path, model_folder, reward_funcs=DryingUp(), **options)
+    replayed = replayed_rows(trainer.batches)
+    assert len(replayed) > 4
+    assert counted["http"] == len(trainer.batches)
+    assert counted["sequences"] == 16 * len(trainer.batches)
+    assert_replayed_rows_are_left_alone(trainer.batches)
+    for row in replayed:
+        assert torch.equal(row["sampling_per_token_logps"], row["behavior_per_token_logps"])
 
 
 def test_a_replayed_batch_asks_for_nothing(server, model_folder, tmp_path):
