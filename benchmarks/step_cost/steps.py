@@ -250,13 +250,14 @@ def watch_phases(trainer: Any, watch: Callable[[Any, str, str], None]) -> None:
 
         def watched_batch(*args: Any) -> Any:
             batch = next_batch(*args)
-            watch(batch, "record", "collection")
+            for method in ("place", "take_rewards", "check_tokens", "columns", "record"):
+                watch(batch, method, "collection")
             return batch
 
         replayer.next_batch = watched_batch
         watch(replayer, "next_batch", "selection")
         watch(replayer, "score", "scoring")
-        for method in ("collect", "observe"):
+        for method in ("collect", "observe", "trained_rows", "score_replayed", "add_log_ratios"):
             watch(replayer, method, "collection")
 
 

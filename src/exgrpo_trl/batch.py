@@ -355,21 +355,22 @@ class Batch:
         """
         self.rewards, self.is_correct = rewards, is_correct
         self.admission, self.is_admitted = admission, True
-        is_storable = (admission.is_worth_storing & np.isfinite(self.rewards)).flat
-        has_loss = loss_mask(output).any(-1).tolist()
         if self.stores_groups:
             is_storable = np.repeat(self.is_group_storable, self.group_size)
-            if "tool_mask" not in output:  # a truncated failure is one, whether it is trained or not
-                has_loss = [True] * self.num_rows
+        else:
+            is_storable = (admission.is_worth_storing & np.isfinite(self.rewards)).ravel()
+        is_storable = is_storable[self.first_row : self.first_row + self.num_rows]
+        # A truncated failure of a whole group is one, whether it is trained or not.
+        if not self.stores_groups or "tool_mask" in output:
+            is_storable = is_storable & loss_mask(output).any(-1).cpu().numpy()
         if "tool_mask" in output:
             self.fresh.masks = output["tool_mask"].bool().cpu().numpy()
         # Once for all rows: every transfer waits for the device.
         self._prompts = output["prompt_ids"].cpu().numpy(), output["prompt_mask"].bool().cpu().numpy()
+        may_store = self.plan.is_started and not lacks_images(output)
         self._storable = frozenset(
             self.first_row + position
-            for position in range(self.num_rows)
-            if self.plan.is_started and has_loss[position] and is_storable[self.first_row + position]
-            if not lacks_images(output)
+            for position in (np.flatnonzero(is_storable).tolist() if may_store else ())
             if position not in self.stored and position not in self.without_logps
         )
 
@@ -473,34 +474,30 @@ class Batch:
         wanted = [i for i, row in enumerate(rows) if row in self._storable and row not in self.experiences]
         if not wanted or self.is_collected:
             return
-        ids = [self._ids_of(rows[i] - self.first_row) for i in wanted]
-        lengths = torch.tensor([len(of_row) for of_row in ids], device=logps.device)
-        is_own = torch.arange(logps.size(1), device=logps.device) < lengths.unsqueeze(1)
+        positions = [rows[i] - self.first_row for i in wanted]
+        lengths = [len(self.token_ids[position]) for position in positions]
+        is_own = torch.arange(logps.size(1), device=logps.device) < torch.tensor(lengths, device=logps.device)[:, None]
         if self.fresh.masks is not None:
-            masks = self.fresh.masks[[rows[i] - self.first_row for i in wanted]]
+            masks = self.fresh.masks[positions]
             is_own &= torch.from_numpy(masks).to(logps.device)
         at = torch.tensor(wanted, device=logps.device)
         of_rows = torch.where(is_own, entropies.detach().index_select(0, at).float(), 0.0)
         means = of_rows.sum(-1) / is_own.sum(-1)
         # All of them at once: every transfer waits for the device.
-        recorded = zip(
-            wanted, ids, logps.detach().index_select(0, at).float().cpu().numpy(), means.tolist(), strict=True
+        own_logps = logps.detach().index_select(0, at).float().cpu().numpy()
+        if self.fresh.masks is not None:  # of tokens that the model never weighed, anything may come
+            own_logps = np.where(masks, own_logps, 0.0)
+        made = Experience.of_rows(
+            self._ids_of(positions, max(lengths)),
+            own_logps[:, : max(lengths)],
+            lengths,
+            policy_version=self.policy_version,
+            rewards=self.rewards.flat[[rows[i] for i in wanted]].tolist(),
+            entropies=means.tolist(),
+            prompt_hashes=[self._prompt_hash(position) for position in positions],
+            details=[self._details(position) for position in positions],
         )
-        for i, of_row, row_logps, entropy in recorded:
-            position = rows[i] - self.first_row
-            details = self._details(position)
-            own_logps = row_logps[: len(of_row)]
-            if details is not None and details.run_bytes:  # of tokens that the model never weighed, anything may come
-                own_logps = np.where(self.fresh.masks[position, : len(of_row)], own_logps, 0.0)  # type: ignore[index]
-            self.experiences[rows[i]] = Experience.create(
-                of_row,
-                own_logps,
-                policy_version=self.policy_version,
-                reward=float(self.rewards.flat[rows[i]]),
-                entropy=entropy,
-                prompt_hash=self._prompt_hash(position),
-                details=details,
-            )
+        self.experiences.update(zip((rows[i] for i in wanted), made, strict=True))
 
     def score_replayed(
         self, positions: Mapping[int, int], inputs: Mapping[str, torch.Tensor], forward: Forwarded, version: int
@@ -533,9 +530,13 @@ class Batch:
             if not math.isnan(of_row.entropy):  # NaN where nothing of the row is trained
                 self.scores[row] = of_row, version
 
-    def _ids_of(self, position: int) -> Sequence[int] | np.ndarray:
-        ids = self.token_ids[position]
-        return ids if self._padded is None else self._padded[position, : len(ids)]  # the same, and faster to store
+    def _ids_of(self, positions: Sequence[int], num_columns: int) -> np.ndarray:
+        if self._padded is not None:  # the same, and faster to store
+            return self._padded[positions, :num_columns]
+        padded = np.zeros((len(positions), num_columns), dtype=np.int64)
+        for of_row, position in zip(padded, positions, strict=True):
+            of_row[: len(self.token_ids[position])] = self.token_ids[position]
+        return padded
 
     def _details(self, position: int) -> RolloutDetails | None:
         if self.fresh.is_plain:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -180,6 +180,63 @@ class Experience:
             details,
         )
 
+    @classmethod
+    def of_rows(
+        cls,
+        token_ids: NDArray[np.integer[Any]],
+        behavior_per_token_logps: NDArray[np.float32],
+        lengths: Sequence[int],
+        *,
+        policy_version: int,
+        rewards: Sequence[float],
+        entropies: Sequence[float],
+        prompt_hashes: Sequence[int],
+        details: Sequence[RolloutDetails | None],
+    ) -> list[Experience]:
+        """
+        Experiences of several rows, validated together: what [`Experience.create`] makes of each.
+
+        Args:
+            token_ids, behavior_per_token_logps (array of shape `(N, T)`):
+                Padded rows; padding may be anything.
+            lengths (`Sequence[int]`):
+                Number of tokens of each row.
+            policy_version (`int`):
+                Global optimizer step at which they were generated.
+            rewards, entropies, prompt_hashes, details (`Sequence`):
+                One of each for every row.
+
+        Raises:
+            ValueError: if a value of a row is out of range.
+        """
+        is_padding = np.arange(token_ids.shape[1]) >= np.asarray(lengths)[:, None]
+        ids = np.where(is_padding, 0, token_ids)
+        logps = np.where(is_padding, np.float32(0), behavior_per_token_logps)
+        # NaN fails the comparisons of log-probabilities.
+        is_right = ids.min() >= 0 and ids.max() <= MAX_TOKEN_ID
+        is_right &= bool((logps >= MIN_LOG_PROBABILITY).all() and (logps <= MAX_LOG_PROBABILITY).all())
+        is_right &= min(lengths) > 0 and bool(np.isfinite(rewards).all()) and not np.isinf(entropies).any()
+        own = list(zip(ids.astype(np.int32), logps, lengths, strict=True))
+        rest = list(zip(rewards, entropies, prompt_hashes, details, strict=True))
+        if not is_right or any(of_row is not None and of_row.run_bytes for of_row in details):
+            return [
+                cls.create(
+                    ids[:length],
+                    logps[:length],
+                    policy_version=policy_version,
+                    reward=reward,
+                    entropy=entropy,
+                    prompt_hash=prompt_hash,
+                    details=of_row,
+                )
+                for (ids, logps, length), (reward, entropy, prompt_hash, of_row) in zip(own, rest, strict=True)
+            ]
+        version = _checked_policy_version(policy_version)
+        return [
+            cls(ids[:length].tobytes(), logps[:length].tobytes(), version, *of_row)
+            for (ids, logps, length), of_row in zip(own, rest, strict=True)
+        ]
+
     @property
     def token_ids(self) -> NDArray[np.int32]:
         """Token ids, read-only, shape `(num_tokens,)`."""
@@ -264,11 +321,15 @@ class Reuse:
     @classmethod
     def at_generation(cls, experience: Experience) -> Reuse:
         """What is known of a completion that was not replayed: what its own policy thought of it."""
-        logps = experience.behavior_per_token_logps
-        if experience.num_model_tokens < experience.num_tokens:
+        logps, num_model_tokens = experience.behavior_per_token_logps, experience.num_model_tokens
+        if num_model_tokens < logps.size:
             logps = logps[experience.is_model]
-        likelihood = float(logps.mean(dtype=np.float64)) if logps.size else math.nan
-        return cls(0, experience.entropy, -likelihood, experience.policy_version)
+        likelihood = float(np.add.reduce(logps, dtype=np.float64)) / num_model_tokens if num_model_tokens else math.nan
+        known = object.__new__(cls)  # from a checked record, and often: not checked again
+        values = (0, experience.entropy, -likelihood, experience.policy_version)
+        for name, value in zip(cls.__slots__, values, strict=True):
+            object.__setattr__(known, name, value)
+        return known
 
 
 class Scores(NamedTuple):

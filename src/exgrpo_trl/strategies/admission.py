@@ -94,11 +94,13 @@ class SuccessRate(AdmissionRule):
     def __call__(self, rewards: np.ndarray, is_correct: np.ndarray, is_fresh: np.ndarray) -> Admission:
         num_correct = is_correct.sum(axis=1)
         group_size, num_fresh = is_correct.shape[1], is_fresh.sum(axis=1)
-        fresh_rate = (is_correct & is_fresh).sum(axis=1) / np.maximum(num_fresh, 1)
-        has_stored_success = (is_correct & ~is_fresh).any(axis=1)
-        as_with_one = has_stored_success + np.rint((group_size - 1) * fresh_rate).astype(int)
-        buckets = np.where(num_fresh < group_size - 1, as_with_one, num_correct)
-        return Admission(is_correct, num_correct, buckets, np.all(is_correct, axis=1))
+        buckets = num_correct
+        if num_fresh.min() < group_size - 1:
+            fresh_rate = (is_correct & is_fresh).sum(axis=1) / np.maximum(num_fresh, 1)
+            has_stored_success = (is_correct & ~is_fresh).any(axis=1)
+            as_with_one = has_stored_success + np.rint((group_size - 1) * fresh_rate).astype(int)
+            buckets = np.where(num_fresh < group_size - 1, as_with_one, num_correct)
+        return Admission(is_correct, num_correct, buckets, num_correct == group_size)
 
 
 class RewardSpread(AdmissionRule):
