@@ -219,7 +219,7 @@ def test_candidates_are_scored_with_all_images(tmp_path, kind):
     by_seed = {row["seed"]: row for row in trainer.train_dataset}
     token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>" if "gemma" not in kind else "<|image|>")
     stored = {e.token_ids.tobytes(): e for b in trainer.batches for e in b["stored"].values()}
-    for policy, of_one, (entropy, negative_log_likelihood) in scored:
+    for policy, of_one, (entropy, negative_log_likelihood, _) in scored:
         images, prompt_ids, completion = [], of_one.prompt, torch.tensor(of_one.completion)
         if of_one.row is not None:
             prompt = opened(of_one.row["prompt"])

@@ -167,7 +167,7 @@ def test_candidates_are_scored_with_their_image(tmp_path, kind, selection, monke
     assert len(scored) > 4
     processor = trainer.processing_class
     by_answer = {row["answer"]: row for row in trainer.train_dataset}
-    for policy, of_one, (entropy, negative_log_likelihood) in scored:
+    for policy, of_one, (entropy, negative_log_likelihood, _) in scored:
         row = by_answer[of_one.row["answer"]]
         content = [*({"type": "image"} for _ in images_of(row)), {"type": "text", "text": row["prompt"][0]["content"]}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
