@@ -340,13 +340,13 @@ class Scores(NamedTuple):
             Mean token entropy.
         negative_log_likelihood (`float`):
             Mean negative log-likelihood.
-        drift (`float`):
-            Mean absolute log importance ratio to the policy that generated it; NaN if it was not asked for.
+        drift (`float` or `None`):
+            Mean absolute log importance ratio to the policy that generated it; `None` if it was not asked for.
     """
 
     entropy: float
     negative_log_likelihood: float
-    drift: float = math.nan
+    drift: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

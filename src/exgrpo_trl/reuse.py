@@ -60,9 +60,10 @@ def _reason_to_evict(
     if is_done and not np.isnan(rewards).any():
         return "incorrect"
     if args.max_drift is not None:
-        drifts = [batch.scores[row][0].drift if row in batch.scores else np.nan for row in rows]
+        # NaN where a row was not trained: then nothing is known.
+        drifts = [np.nan if (scores := batch.scores.get(row)) is None else scores[0].drift for row in rows]
         num_tokens = [replay.experience.num_model_tokens for replay in of_one]
-        if np.average(drifts, weights=num_tokens) > args.max_drift:
+        if np.average(np.array(drifts, dtype=float), weights=num_tokens) > args.max_drift:
             return "drifted"
     most = args.max_replays
     is_used_up = most is not None and any(reuse is not None and reuse.num_replays >= most for reuse in reuses)

@@ -1,6 +1,7 @@
 """Score stored completions under the current policy, in batches of similar length, evenly over the processes."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -147,7 +148,7 @@ def mean_scores(
     of_tokens = torch.stack([entropies, logps, (logps - behavior_logps.float()).abs()])
     means = torch.where(mask, of_tokens, 0.0).sum(-1) / mask.sum(-1)
     # All of them at once: every transfer waits for the device.
-    return [Scores(entropy, -logp, drift) for entropy, logp, drift in means.T.tolist()]
+    return [Scores(entropy, -logp, None if math.isnan(drift) else drift) for entropy, logp, drift in means.T.tolist()]
 
 
 @contextmanager

@@ -168,7 +168,9 @@ class Selection:
                 Candidate(choice.experience, of_one.entropy, of_one.negative_log_likelihood)
                 for choice, of_one in zip(choices, of_choices, strict=True)
             ]
-            has_drifted = [most is not None and of_one.drift > most for of_one in of_choices]
+            has_drifted = [
+                most is not None and of_one.drift is not None and of_one.drift > most for of_one in of_choices
+            ]
             self.drifted += [
                 (question_id, choice.experience) for choice, is_out in zip(scored, has_drifted, strict=True) if is_out
             ]

@@ -103,7 +103,13 @@ def test_every_method_of_the_learning_benchmark_runs(method, warmed_up, tmp_path
     assert [point["step"] for point in result["curve"]] == [0, 5]
     assert result["curve"][1]["seconds"] > 0
     last = result["logs"][-1]
-    expected = {"grpo": None, "grpo-retirement": 0.0, "balanced-rho-0.25": 0.25, "balanced-rho-0.75": 0.75}
+    expected = {
+        "grpo": None,
+        "grpo-retirement": 0.0,
+        "filled": 0.0,
+        "balanced-rho-0.25": 0.25,
+        "balanced-rho-0.75": 0.75,
+    }
     assert last.get("replay/fraction") == pytest.approx(expected.get(method, 0.5), abs=0.16)
     if method not in ("grpo", "grpo-retirement"):
         assert last["replay/completions"] > 0
