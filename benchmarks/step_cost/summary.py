@@ -18,6 +18,10 @@ SAVING = [
     Method(0.5, 8, "last_known", per_group=4),
     Method(0.5, way="group"),
 ]
+FEWER = [
+    GRPO,
+    *(method for method in SAVING if method.candidates == 4 or method.per_group == 4 or method.way == "group"),
+]
 STEP_AIM, MEMORY_AIM = 1.00, 1.02
 # Of GRPO's step, where generation is more than half of it.
 SEVERAL_AIM, GROUP_AIM = 0.90, 0.75
