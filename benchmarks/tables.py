@@ -95,6 +95,14 @@ def ablation_tables(content: dict[str, Any]) -> Iterator[str]:
     yield markdown(learning.ABLATION_COLUMNS, rows)
 
 
+def ways_tables(content: dict[str, Any]) -> Iterator[str]:
+    """A table for each size."""
+    for result in content["results"]:
+        size = result["size"]
+        yield f"{size['model']}, {size['num_questions']} questions of 8 completions of {size['length']} tokens:"
+        yield markdown(step_cost.COLUMNS[:4], [row[:4] for row in step_cost.table_rows(result["steps"])])
+
+
 def saving_tables(content: dict[str, Any]) -> Iterator[str]:
     """One table."""
     yield markdown(saving.COLUMNS, content["results"]["saved"])
@@ -103,6 +111,7 @@ def saving_tables(content: dict[str, Any]) -> Iterator[str]:
 # Name of a place in the page: file of results, what makes its tables, and the part that has machines of its own.
 PLACES = {
     "step-cost": ("step_cost.json", step_cost_tables, None),
+    "step-cost-ways": ("step_cost_ways.json", ways_tables, None),
     "buffer": ("buffer_scale.json", buffer_tables, None),
     "tuning": ("learning.parquet", tuning_tables, "tuned"),
     "comparison": ("learning.parquet", comparison_tables, "compared"),
