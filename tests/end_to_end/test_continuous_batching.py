@@ -70,10 +70,15 @@ def check(asked, fresh, num_replayed):
     assert sum(num_replayed) >= 3
 
 
-def test_fresh_rows_alone_are_generated(tmp_path):
-    trainer = make_trainer(tmp_path, Recorder, reward_funcs=every_second, max_steps=5, **OPTIONS)
+@pytest.mark.parametrize(
+    ("options", "num_replayed"),
+    [({}, [0, 2, 2, 2, 2]), ({"replay_unit": "group"}, [0, 8, 8, 8, 8])],
+    ids=["completions", "groups"],
+)
+def test_fresh_rows_alone_are_generated(tmp_path, options, num_replayed):
+    trainer = make_trainer(tmp_path, Recorder, reward_funcs=every_second, max_steps=5, **OPTIONS, **options)
     trainer.train()
-    assert trainer.num_replayed == [0, 2, 2, 2, 2]
+    assert trainer.num_replayed == num_replayed
     check(trainer.asked, trainer.fresh, trainer.num_replayed)
 
 
