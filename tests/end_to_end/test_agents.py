@@ -186,6 +186,21 @@ def test_nothing_is_done_for_a_stored_row(tmp_path, kind):
 
 def test_a_rollout_comes_back_whole(tmp_path, kind):
     trainer, _ = train(tmp_path, kind, max_steps=8)
+    assert_whole(trainer, kind)
+
+
+@pytest.mark.parametrize("way", [{"stored_per_group": 2}, {"replay_unit": "group"}], ids=["several", "groups"])
+@pytest.mark.parametrize("kind", ["tools", "environment_observes_anew", "environments", "function"])
+def test_so_do_several_and_whole_groups(tmp_path, kind, way):
+    trainer, _ = train(tmp_path, kind, max_steps=10, retire_solved=False, **way)
+    assert_whole(trainer, kind)
+    sizes = [sum(row // 4 == group for row in batch["stored"]) for batch in trainer.batches for group in range(4)]
+    assert set(sizes) <= ({0, 4} if "replay_unit" in way else {0, 1, 2})
+    assert max(sizes) >= 2
+
+
+def assert_whole(trainer, kind):
+    """Replayed rollouts are what they were where they were fresh: tokens, mask, messages, prompt, rewards, columns."""
     num_foreign = num_moved = 0
     for number, batch in enumerate(trainer.batches):
         for row, experience in batch["stored"].items():
