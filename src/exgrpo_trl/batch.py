@@ -376,10 +376,10 @@ class Batch:
 
     @property
     def is_group_storable(self) -> np.ndarray:
-        """Which groups are stored whole: fresh ones, of which a part is worth storing; shape `(num_groups,)`."""
+        """Which groups are stored whole if they are fresh: a part is worth storing; shape `(num_groups,)`."""
         is_worth = self.admission.is_worth_storing
         has_both = is_worth.any(axis=1) & ~is_worth.all(axis=1)
-        return np.asarray(has_both & self.is_fresh.all(axis=1) & np.isfinite(self.rewards).all(axis=1))
+        return np.asarray(has_both & np.isfinite(self.rewards).all(axis=1))
 
     def check_tokens(self, output: Mapping[str, torch.Tensor]) -> None:
         """

@@ -182,6 +182,16 @@ def test_last_known_scores_cost_no_forward(tmp_path, selection):
     assert trainer.state.log_history[-2]["replay/candidates_scored"] == 0
 
 
+def test_the_first_forward_that_trains_a_completion_tells(tmp_path):
+    """Later ones of the same batch see a policy that has moved on."""
+    trainer = train(tmp_path, candidate_scores="last_known", num_iterations=2, max_steps=16)
+    versions = {batch["version"] for batch in trainer.batches}
+    assert versions == set(range(0, 16, 2))
+    reuses = [reuse for reuse in trainer.batches[-1]["reuse"].values() if reuse.num_replays]
+    assert len(reuses) > 5
+    assert {reuse.scored_at for reuse in reuses} <= versions
+
+
 def test_how_often_last_known_scores_agree_is_logged(tmp_path):
     """Beside the paper's choice, compared with one by what is known."""
     trainer = train(tmp_path, max_steps=12)
