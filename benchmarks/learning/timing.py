@@ -15,15 +15,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import greenlet
 import numpy as np
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.learning.run import SAVING, Run, make_trainer, questions_of
 from benchmarks.report import middle, show, write
-from benchmarks.step_cost.steps import StepTimes
+from benchmarks.step_cost.steps import StepTimes, take_turns
 
 METHODS = ("grpo", "shaped", "balanced", *SAVING)
 WARM_UP, STEPS = 20, 60  # the first fill the buffer
@@ -31,24 +32,15 @@ WARM_UP, STEPS = 20, 60  # the first fill the buffer
 
 def seconds_in_turn(methods: tuple[str, ...], warm_up: int, steps: int) -> dict[str, list[float]]:
     """Seconds of every step that counts, by method."""
-    turns = greenlet.getcurrent()
 
-    def train(method: str) -> list[float]:
+    def train(method: str, pause: Callable[[], Any]) -> list[float]:
         run = Run("bimodal", method, 3e-4, 0, steps=warm_up + steps)
-        times = StepTimes(pause=turns.switch)
+        times = StepTimes(pause)
         with tempfile.TemporaryDirectory() as folder:
             make_trainer(run, folder, [times], questions_of(run)[0]).train()
         return [step["total"] for step in times.steps[warm_up:]]
 
-    trainings = {method: greenlet.greenlet(train) for method in methods}
-    measured = {}
-    for method, training in trainings.items():
-        training.switch(method)  # to its first step
-    for turn in range(warm_up + steps):
-        for i in range(len(methods)):
-            method = methods[(turn + i) % len(methods)]
-            measured[method] = trainings[method].switch()
-    return measured
+    return take_turns(train, methods, warm_up + steps)
 
 
 def main() -> None:

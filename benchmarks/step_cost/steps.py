@@ -250,20 +250,20 @@ def watch_phases(trainer: Any, watch: Callable[[Any, str, str], None]) -> None:
 
         def watched_batch(*args: Any) -> Any:
             batch = next_batch(*args)
-            for method in ("place", "take_rewards", "check_tokens", "columns", "record"):
+            for method in ("place", "take_rewards", "check_tokens", "columns", "record", "score_replayed"):
                 watch(batch, method, "collection")
             return batch
 
         replayer.next_batch = watched_batch
         watch(replayer, "next_batch", "selection")
         watch(replayer, "score", "scoring")
-        for method in ("collect", "observe", "trained_rows", "score_replayed", "add_log_ratios"):
+        for method in ("collect", "observe", "trained_rows", "add_log_ratios"):
             watch(replayer, method, "collection")
 
 
-def steps_in_turn(
-    size: Size, methods: Sequence[Method], steps: int, warm_up: int, output_dir: Path | str
-) -> dict[str, list[dict[str, float]]]:
+def take_turns(
+    train: Callable[[Any, Callable[[], Any]], list[Any]], methods: Sequence[Any], num_steps: int
+) -> dict[Any, list[Any]]:
     """
     Train with every method, one step of each in turn, all in one thread. Every turn begins with another one.
 
@@ -272,20 +272,48 @@ def steps_in_turn(
     small operations, takes twice as long as in a training by itself.
 
     Args:
+        train: Trains with a method and calls the other argument before each step; returns what was measured.
+        methods: What to train with.
+        num_steps: Steps of each.
+
+    Returns:
+        What was measured, by method.
+    """
+    turns = greenlet.getcurrent()
+    trainings = {method: greenlet.greenlet(train) for method in methods}
+    measured = {}
+    try:
+        for method, training in trainings.items():
+            training.switch(method, turns.switch)  # to its first step
+        for turn in range(num_steps):
+            # Nobody is always the one to follow the same other.
+            for i in range(len(methods)):
+                method = methods[(turn + i) % len(methods)]
+                measured[method] = trainings[method].switch()
+        return {method: measured[method] for method in methods}
+    finally:
+        for training in trainings.values():
+            if not training.dead:
+                training.throw()
+
+
+def steps_in_turn(
+    size: Size, methods: Sequence[Method], steps: int, warm_up: int, output_dir: Path | str
+) -> dict[str, list[dict[str, float]]]:
+    """
+    Seconds by phase of every step that counts, by method; steps are taken in turn, see [`take_turns`].
+
+    Args:
         size: What to train.
         methods: What to train it with.
         steps: Steps of each that count.
         warm_up: Steps of each before these.
         output_dir: Where trainers may write.
-
-    Returns:
-        Seconds by phase of every step that counts, by method.
     """
-    turns = greenlet.getcurrent()
 
-    def train(method: Method) -> list[dict[str, float]]:
+    def train(method: Method, pause: Callable[[], Any]) -> list[dict[str, float]]:
         trainer = make_trainer(size, method, warm_up + steps, output_dir)
-        times = StepTimes(pause=turns.switch)
+        times = StepTimes(pause)
         watch_phases(trainer, times.stopwatch.watch)
         trainer.add_callback(times)
         trainer.train()
@@ -294,18 +322,4 @@ def steps_in_turn(
         assert all(abs(fraction - expected) < 1e-9 for fraction in replayed), (method, replayed)
         return times.steps[warm_up:]
 
-    trainings = {method: greenlet.greenlet(train) for method in methods}
-    measured = {}
-    try:
-        for training, method in zip(trainings.values(), methods, strict=True):
-            training.switch(method)  # to its first step
-        for turn in range(warm_up + steps):
-            # Nobody is always the one to follow the same other.
-            for i in range(len(methods)):
-                method = methods[(turn + i) % len(methods)]
-                measured[method] = trainings[method].switch()
-        return {str(method): measured[method] for method in methods}
-    finally:
-        for training in trainings.values():
-            if not training.dead:
-                training.throw()
+    return {str(method): measured for method, measured in take_turns(train, methods, warm_up + steps).items()}

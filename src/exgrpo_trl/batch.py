@@ -500,7 +500,7 @@ class Batch:
         self.experiences.update(zip((rows[i] for i in wanted), made, strict=True))
 
     def score_replayed(
-        self, positions: Mapping[int, int], inputs: Mapping[str, torch.Tensor], forward: Forwarded, version: int
+        self, positions: Mapping[int, int], inputs: Mapping[str, torch.Tensor], forward: Forwarded, global_step: int
     ) -> None:
         """
         Keep what a forward that trains stored completions says of them, once for each row.
@@ -512,8 +512,8 @@ class Batch:
                 Inputs of the loss: masks and `behavior_per_token_logps`, shape `(B, T)`.
             forward (`tuple[torch.Tensor, torch.Tensor]`):
                 Log-probabilities and entropies in nats, shape `(B, T)`.
-            version (`int`):
-                Version of the policy of the forward.
+            global_step (`int`):
+                Optimizer steps of this run before the forward.
         """
         wanted = {row: at for row, at in positions.items() if row in self.stored_rows and row not in self.scores}
         if not wanted or self.is_collected:
@@ -528,7 +528,7 @@ class Batch:
         scores = mean_scores(logps, entropies, of_rows(inputs["behavior_per_token_logps"]), mask.bool())
         for row, of_row in zip(wanted, scores, strict=True):
             if not math.isnan(of_row.entropy):  # NaN where nothing of the row is trained
-                self.scores[row] = of_row, version
+                self.scores[row] = of_row, self.policy_version + global_step - self.global_step
 
     def _ids_of(self, positions: Sequence[int], num_columns: int) -> np.ndarray:
         if self._padded is not None:  # the same, and faster to store

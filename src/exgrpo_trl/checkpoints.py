@@ -12,6 +12,7 @@ from transformers.utils import get_json_schema, logging
 
 from .buffer import ExperienceBuffer, RemoteBuffer, ReplayBuffer
 from .buffer.locations import TRAINER_STATE_FILE, checkpoints_of, is_complete
+from .buffer.settings import COMPLETION, GROUP
 from .config import ExGRPOConfig
 from .records import UNKNOWN_PROMPT, ExperienceBufferError
 
@@ -33,7 +34,7 @@ _NEEDED_FOR: dict[str, Callable[[ExGRPOConfig], bool]] = {
     "groups": lambda args: args.replays_groups,
     "unit": lambda args: args.replays_groups,
 }
-_UNITS = {"completion": "single completions", "group": "whole groups"}
+_UNITS = {COMPLETION: "single completions", GROUP: "whole groups"}
 
 
 def begin_checkpoint(folder: str | Path) -> None:
@@ -132,7 +133,7 @@ def check_settings(
     buffer: ReplayBuffer, args: ExGRPOConfig, source: str, settings: Iterable[str] = tuple(_SETTINGS)
 ) -> None:
     """Check that buffer and configuration agree, in these attributes of the buffer."""
-    unit = getattr(buffer, "unit", "completion")
+    unit = getattr(buffer, "unit", COMPLETION)
     if unit != args.replay_unit:
         raise ValueError(
             f"The experience buffer {source} holds {_UNITS[unit]}, but replay_unit={args.replay_unit!r} replays "

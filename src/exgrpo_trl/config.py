@@ -7,6 +7,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from .buffer.settings import COMPLETION, GROUP
 from .strategies import (
     ADMISSION_RULES,
     COMPLETION_SELECTORS,
@@ -19,7 +20,7 @@ from .strategies import (
 
 REPLAY_REWARDS = ("stored", "recomputed")
 CANDIDATE_SCORES = ("current", "last_known")
-REPLAY_UNITS = ("completion", "group")
+REPLAY_UNITS = (COMPLETION, GROUP)
 
 
 @dataclass
@@ -426,7 +427,7 @@ class ExGRPOConfig(GRPOConfig):
     @property
     def replays_groups(self) -> bool:
         """Whether whole groups are stored and replayed."""
-        return self.replay_unit == "group"
+        return self.replay_unit == GROUP
 
     @property
     def num_groups_to_replay(self) -> int:

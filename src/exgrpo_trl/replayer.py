@@ -327,30 +327,6 @@ class Replayer:
                     self.notices.observe(batch)
         return trained
 
-    def score_replayed(
-        self,
-        trained: TrainedRows,
-        inputs: Mapping[str, torch.Tensor],
-        forward: tuple[torch.Tensor, torch.Tensor],
-        global_step: int,
-    ) -> None:
-        """
-        Keep what a training forward says of stored completions: it costs nothing.
-
-        Args:
-            trained (`tuple[Batch, list[int], list[int]]`):
-                A batch with positions in the micro-batch, and the rows of the batch that are there.
-            inputs (`Mapping[str, torch.Tensor]`):
-                Inputs of the loss.
-            forward (`tuple[torch.Tensor, torch.Tensor]`):
-                Log-probabilities and entropies of the micro-batch in nats, shape `(B, T)`.
-            global_step (`int`):
-                Optimizer steps of this run so far.
-        """
-        batch, positions, rows = trained
-        version = batch.policy_version + global_step - batch.global_step
-        batch.score_replayed(dict(zip(rows, positions, strict=True)), inputs, forward, version)
-
     def collect(self) -> None:
         """
         Bring what was trained into the buffer (method, section 2), retire solved questions, start replay if due; once.

@@ -312,10 +312,10 @@ class ExGRPOTrainer(GenerationHooks):
         entropies: torch.Tensor,
     ) -> None:
         """Record the behaviour policy of fresh rows, and weight the replayed ones, before TRL computes its loss."""
-        for trained in batches:
-            batch, positions, rows = trained
+        forward = per_token_logps, entropies
+        for batch, positions, rows in batches:
             batch.record(rows, per_token_logps[positions], entropies[positions])  # what was not recorded at generation
-            self.replayer.score_replayed(trained, inputs, (per_token_logps, entropies), self.state.global_step)
+            batch.score_replayed(dict(zip(rows, positions, strict=True)), inputs, forward, self.state.global_step)
         log_ratios = show_replayed(
             shown,
             inputs,

@@ -97,19 +97,13 @@ def test_several_stored_completions_in_a_group(tmp_path, stored_per_group):
     assert max(sizes) == min(stored_per_group, K - 1)
 
 
-def always_right(completions, **kwargs):
-    return [1.0] * len(completions)
-
-
 def test_a_question_retires_by_fresh_completions_alone(tmp_path):
     """Where two of four are stored, two fresh successes do not show that the question is solved."""
-    answers = {}
 
     def reward(prompts, completion_ids, trainer_state, **kwargs):
         # One success of four in the first steps, which fills the buffer; then every completion is right.
         if trainer_state.global_step < 4:
             return [float(i % 2) for i in range(len(prompts))]
-        answers[trainer_state.global_step] = True
         return [1.0] * len(prompts)
 
     options = {"reward_funcs": reward, "max_steps": 5, "retire_solved": True, "learning_rate": 0.0}
