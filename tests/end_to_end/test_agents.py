@@ -190,7 +190,9 @@ def test_a_rollout_comes_back_whole(tmp_path, kind):
 
 
 @pytest.mark.parametrize("way", [{"stored_per_group": 2}, {"replay_unit": "group"}], ids=["several", "groups"])
-@pytest.mark.parametrize("kind", ["tools", "environment_observes_anew", "environments", "function"])
+@pytest.mark.parametrize(
+    "kind", sorted({"tools", "environment_observes_anew", "environments", "function"} & KINDS.keys())
+)
 def test_so_do_several_and_whole_groups(tmp_path, kind, way):
     trainer, _ = train(tmp_path, kind, max_steps=10, retire_solved=False, **way)
     assert_whole(trainer, kind)
