@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 WEIGHTED_SUM = "weighted_sum"
 
@@ -52,7 +52,7 @@ class SuccessRule:
         if list(names) != self.names:
             self.names, self._known = list(names), set()
             self._check_name()
-        self.weights = np.asarray(weights, dtype=float)
+        self.weights: np.ndarray = np.asarray(weights, dtype=float)
         self.threshold = threshold
 
     def _check_name(self) -> None:
