@@ -67,7 +67,7 @@ precommit: $(VENV)/.dev  ## Check formatting, lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" basedpyright --verifytypes exgrpo_trl --ignoreexternal
+	PATH="$(abspath $(VENV)/bin):$$PATH" basedpyright --verifytypes exgrpo_trl --ignoreexternal
 
 format: $(VENV)/.dev  ## Format, and fix what can be fixed
 	$(VENV)/bin/ruff check --fix --exit-zero .
