@@ -17,13 +17,18 @@ OLDEST_FOR_AGENTS ?= transformers==5.2.0 huggingface_hub==1.3.0 jmespath==1.0.1
 # The oldest TRL for vLLM, with the newest transformers that it runs tools with.
 OLDEST_FOR_VLLM ?= $(OLDEST_TRL) transformers==5.12.0 huggingface_hub==1.33.0 tokenizers==0.22.2
 AGENT_TESTS = $(addprefix tests/end_to_end/,test_agents.py test_agents_of_many.py test_bad_rollouts.py) -k "not function"
+# Releases of TRL for `make test-matrix`: all of them, or these.
+RELEASES ?=
+# What `make test-main` takes the place of releases by.
+VENV_MAIN ?= .venv-main
+MAIN ?= $(addprefix git+https://github.com/huggingface/,trl transformers accelerate)
 PIP_OPTIONS ?= --quiet --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help train train-agent train-vision test test-oldest test-vllm environments precommit format bench docs clean
+.PHONY: help train train-agent train-vision test test-oldest test-vllm test-matrix test-main environments precommit format bench docs clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +59,12 @@ test-vllm: $(VENV_VLLM)/.dev  ## Run the tests against a real vLLM, on the newes
 	else echo "SKIPPED: the tests against vLLM. $(VLLM) cannot be installed or imported on this machine:"; \
 		tail -n 5 $(VENV_VLLM)/install.log $(VENV_VLLM)/import.log; fi
 
+test-matrix: $(VENV)/.dev $(VENV)/.example  ## Run what has to hold on all releases of TRL, or on RELEASES="1.8.0 1.14.2"
+	$(VENV)/bin/python -m tests.matrix $(if $(RELEASES),--releases $(RELEASES),--write)
+
+test-main: $(VENV_MAIN)/.dev  ## Run the same with the main branches of TRL, transformers and accelerate
+	$(VENV_MAIN)/bin/python -m pytest tests/end_to_end --contract $(PYTEST_OPTIONS)
+
 environments: $(VENV)/.dev $(VENV_OLDEST)/.dev $(VENV_VLLM)/.dev  ## Create all environments of the tests
 
 precommit: $(VENV)/.dev  ## Check formatting, lint and types
@@ -76,7 +87,7 @@ docs: $(VENV)/.dev  ## Build the documentation into site/
 	$(VENV)/bin/mkdocs build --strict
 
 clean:  ## Remove environments and whatever was built
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) build dist site outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) $(VENV_MAIN) build dist site outputs .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -101,6 +112,13 @@ $(VENV_OLDEST)/.dev: pyproject.toml constraints.txt
 	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) $(TORCH)
 	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test]" $(OLDEST_TRL) transformers==4.56.2
 	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) --no-deps --upgrade --target $(VENV_OLDEST)/agents $(OLDEST_FOR_AGENTS)
+	touch $@
+
+$(VENV_MAIN)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_MAIN)
+	$(VENV_MAIN)/bin/pip install $(PIP_OPTIONS) $(TORCH)
+	$(VENV_MAIN)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test]"
+	$(VENV_MAIN)/bin/pip install $(PIP_OPTIONS) -c constraints.txt --upgrade $(MAIN)
 	touch $@
 
 $(VENV_VLLM)/.dev: pyproject.toml constraints.txt examples/requirements.txt
