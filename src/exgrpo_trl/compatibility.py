@@ -18,7 +18,7 @@ from .rollouts.vllm import ENGINES
 logger: Any = logging.get_logger(__name__)
 
 # Methods that ExGRPOTrainer wraps, with the parameters it relies on.
-_HOOKS = {
+HOOKS = {
     "_generate_and_score_completions": ("inputs",),
     "_generate": ("prompts",),
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
@@ -36,6 +36,8 @@ _HOOKS = {
     "train": ("resume_from_checkpoint",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
 }
+# Those whose parameters are read as well: `*args` would hide what the release takes.
+_READ_BY_NAME = ("_generate_single_turn", "_calculate_rewards")
 # Methods in which a subclass may change what replay relies on: rows while they are generated, and their loss.
 GENERATING = (
     *("_generate_and_score_completions", "_generate", "_generate_single_turn", "_tool_call_loop"),
@@ -50,16 +52,26 @@ _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "ves
 
 def check_hooks(trainer_class: type = GRPOTrainer) -> None:
     """Check that TRL's trainer has the methods that replay wraps."""
-    for name, expected in _HOOKS.items():
+    for name, expected in HOOKS.items():
         method = getattr(trainer_class, name, None)
-        parameters = inspect.signature(method).parameters if callable(method) else {}
-        missing = [parameter for parameter in expected if parameter not in parameters]
+        missing = _missing_parameters(name, method) if callable(method) else expected
         if not callable(method) or missing:
             what = f"parameters {missing} of {name}()" if missing and callable(method) else f"{name}()"
             raise RuntimeError(
                 f"exgrpo-trl relies on {what} of {trainer_class.__name__}, which trl {trl.__version__} does not have. "
                 f"Upgrade exgrpo-trl, or install a TRL release that it supports (see its README).{_patched(method)}"
             )
+
+
+def _missing_parameters(name: str, method: Callable[..., Any]) -> list[str]:
+    """Which of the parameters that replay relies on a method does not take; `*args` and `**kwargs` take any."""
+    parameters = inspect.signature(method).parameters
+    is_variadic = any(
+        parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters.values()
+    )
+    if is_variadic and name not in _READ_BY_NAME:
+        return []
+    return [parameter for parameter in HOOKS[name] if parameter not in parameters]
 
 
 def _patched(method: Any) -> str:

@@ -1,5 +1,6 @@
 """What is logged, by its real name: every name of a metric stands here, and nowhere else."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -123,10 +124,21 @@ class LogRatios:
         # Multiples of the golden ratio are spread evenly, whatever period the values have. Only the lowest stay.
         self._ranks = np.zeros(0, dtype=np.uint32)
         self._num_ranks = 2**32
+        self._waiting: list[np.ndarray] = []  # for many to be added at once
+        self._num_waiting = 0
 
     def add(self, log_ratios: np.ndarray) -> None:
         """Add log ratios of shape `(N,)`, kept in float32."""
-        values = log_ratios.astype(np.float32)
+        self._waiting.append(log_ratios.astype(np.float32))
+        self._num_waiting += len(log_ratios)
+        if self._num_waiting >= MAX_LOG_RATIOS // 4:
+            self._settle()
+
+    def _settle(self) -> None:
+        if not self._waiting:
+            return
+        values = np.concatenate(self._waiting)
+        self._waiting, self._num_waiting = [], 0
         numbers = np.arange(self.count, self.count + len(values), dtype=np.uint64)
         self.count += len(values)
         self._raw.add(values)
@@ -135,6 +147,8 @@ class LogRatios:
 
     def merge(self, other: "LogRatios") -> None:
         """Add what another process has."""
+        self._settle()
+        other._settle()
         self.count += other.count
         self._raw.merge(other._raw)
         self._clipped.merge(other._clipped)
@@ -155,6 +169,7 @@ class LogRatios:
 
     def metrics(self) -> dict[str, float]:
         """Mean, maximum and quantiles of the ratios, and their effective sample size; nothing without a ratio."""
+        self._settle()
         metrics = importance_ratio_metrics(self._sample.astype(np.float64))
         if len(self._sample) == self.count:
             return metrics
@@ -183,7 +198,7 @@ class ReplayMetrics:
     def add(self, values: Mapping[str, float]) -> None:
         """Add one observation of each metric; NaN is left out of the average."""
         for name, value in values.items():
-            if not np.isnan(value):
+            if not math.isnan(value):
                 self._values[name].add(float(value))
 
     def add_selection(self, *, selection_seconds: float, scoring_seconds: float, candidates_scored: int) -> None:

@@ -126,7 +126,11 @@ class Prompts:
     @property
     def _known(self) -> Mapping[str, Any]:
         # What the training forward is given: TRL leaves out the rest of what a processor returns.
-        return inspect.signature(type(self.trainer)._get_per_token_logps_and_entropies).parameters
+        trainer_class = type(self.trainer)
+        parameters = inspect.signature(trainer_class._get_per_token_logps_and_entropies).parameters
+        # TRL 1.14 passes everything on to a method of another name.
+        passed_on = getattr(trainer_class, "_full_logits_logps", None) if "kwargs" in parameters else None
+        return parameters if passed_on is None else inspect.signature(passed_on).parameters
 
     def _render(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Any, Any]:
         prompts = [_with_images(row) for row in rows]

@@ -265,6 +265,8 @@ class Replayable:
 
     def completions(self, experiences: Sequence[Experience]) -> list[Experience]:
         """Those of a question's completions that may be replayed."""
+        if not self._of_other_prompts:
+            return list(experiences)
         return [experience for experience in experiences if experience not in self._of_other_prompts]
 
 

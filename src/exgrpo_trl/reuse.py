@@ -1,5 +1,6 @@
 """How replayed completions have fared: what is noted of them, and which are done with. On the main process."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -40,12 +41,13 @@ def _note(buffer: ReplayBuffer, batch: Batch, replay: Replay) -> Reuse | None:
     if not hasattr(buffer, "note_reuse"):  # a buffer of the user, which nothing needs it of
         return None
     reuse = buffer.reuse(replay.experience)
-    reuse = replace(reuse, num_replays=reuse.num_replays + 1)
     if replay.row in batch.scores:
         scores, version = batch.scores[replay.row]
         # A policy that rules a token out gives infinite scores.
-        entropy, likelihood = (value if np.isfinite(value) else np.nan for value in scores[:2])
-        reuse = Reuse(reuse.num_replays, entropy, likelihood, version)
+        entropy, likelihood = (value if math.isfinite(value) else math.nan for value in scores[:2])
+        reuse = Reuse(reuse.num_replays + 1, entropy, likelihood, version)
+    else:
+        reuse = replace(reuse, num_replays=reuse.num_replays + 1)
     buffer.note_reuse(replay.question.question_id, replay.experience, reuse)
     return reuse
 

@@ -100,7 +100,7 @@ def check_rows(
         raise ValueError(f"{len(padded)} rows came back and {len(token_ids)} were rewarded, of {num_rows}")
     lengths = np.fromiter(map(len, token_ids), dtype=np.int64, count=len(token_ids))
     for position, experience in stored.items():
-        if not np.array_equal(experience.token_ids, token_ids[position]):
+        if experience.token_ids.tolist() != list(token_ids[position]):
             raise ValueError(
                 f"row {first_row + position} holds other tokens than the stored completion that was put there"
             )

@@ -16,6 +16,7 @@ from ..images import StoredImage
 from ..records import Experience, ExperienceBufferError, Question, Reuse
 from .detail_columns import DETAIL_SCHEMA, details_from_columns, details_to_arrays, require
 from .disk import rename, sync
+from .garbage import without_collection
 from .groups import whole_groups
 from .image_files import example_from_text, example_to_text, read_images, write_images
 from .locations import find_buffer, hidden_names, resolved
@@ -118,6 +119,7 @@ def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+@without_collection()
 def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer]) -> Buffer:
     """
     Load a buffer that [`save_buffer`] wrote; it goes on exactly as the saved one would have.
