@@ -83,7 +83,10 @@ def main():
                 if arguments.verbose and error is not None:
                     traceback.print_exception(error, limit=-6)
             if (seed - arguments.first + 1) % 10_000 == 0:
-                print(f"{seed - arguments.first + 1} inputs, {time.monotonic() - start:.0f} s: {dict(outcomes)}", flush=True)
+                print(
+                    f"{seed - arguments.first + 1} inputs, {time.monotonic() - start:.0f} s: {dict(outcomes)}",
+                    flush=True,
+                )
     for outcome, count in sorted(outcomes.items()):
         print(f"{count:8} {outcome}")
     print(f"{failures} failures of {arguments.inputs} inputs, at most {peak_bytes() / 2**20:.0f} MiB of memory")

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -103,7 +102,9 @@ def hostile_buffer(chance, path):
     literals = {}
     changes = []
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
-        change = chance.choice([change_metadata, change_metadata, change_table, change_table, change_text, change_bytes])
+        change = chance.choice(
+            [change_metadata, change_metadata, change_table, change_table, change_text, change_bytes]
+        )
         changes.append(change(chance, files, about, literals))
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
@@ -187,7 +188,7 @@ def change_table(chance, files, about, literals):
     try:
         table, what = changed_table(chance, read(files[name]))
         files[name] = written(chance, table)
-    except (pa.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:  # cannot even be written
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         return f"nothing ({error})"[:60]
     return f"{name}: {what}"
 
@@ -205,7 +206,9 @@ def changed_table(chance, table):
         column = chance.choice(table.column_names)
         return table.drop_columns([column]), f"no {column}"
     if roll < 0.83:
-        return table.append_column(chance.choice(["more", "digest", "\x1b[2J"]), pa.nulls(len(table))), "one column more"
+        return table.append_column(
+            chance.choice(["more", "digest", "\x1b[2J"]), pa.nulls(len(table))
+        ), "one column more"
     if roll < 0.87:
         return table.select(chance.sample(table.column_names, table.num_columns)), "another order of columns"
     if roll < 0.91:
@@ -218,7 +221,10 @@ def changed_table(chance, table):
 def change_text(chance, files, about, literals):
     """Change the JSON text of a question or of details."""
     name, columns = chance.choice(
-        [("questions.parquet", ["example"]), ("completions.parquet", ["messages", "shown_prompt", "fields", "rewards"])]
+        [
+            ("questions.parquet", ["example"]),
+            ("completions.parquet", ["messages", "shown_prompt", "fields", "rewards"]),
+        ]
     )
     if name not in files:
         return "nothing"
@@ -231,7 +237,7 @@ def change_text(chance, files, about, literals):
         changed = pa.array(values, table.schema.field(column).type)
         table = table.set_column(table.column_names.index(column), table.schema.field(column), changed)
         files[name] = written(chance, table)
-    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         return f"nothing ({error})"[:60]
     return f"{name}: {column}={values[at]!r:.60}"
 
@@ -258,7 +264,7 @@ def change_bytes(chance, files, about, literals):
         content[at : at + 1] = more
         if at >= footer:
             length = len(content) - 8 - footer
-            content[-8:-4] = max(length, 0).to_bytes(4, "little")
+            content[-8:-4] = (max(length, 0) % 2**32).to_bytes(4, "little")
     files[name] = bytes(content)
     return f"bytes of {name}"
 
@@ -300,8 +306,7 @@ def hostile_table(chance):
                     table = table.set_column(table.column_names.index(column), column, pa.array(values, pa.string()))
                     what.append(f"{column}={values[at]!r:.60}")
         else:
-            with contextlib.suppress(pa.ArrowException):  # cannot even be made
+            with contextlib.suppress(pa.ArrowException, ArithmeticError, LookupError, TypeError, ValueError):
                 table, change = changed_table(chance, table)
                 what.append(change)
     return unit, table, "; ".join(what)
-

@@ -6,9 +6,39 @@ import math
 
 import pyarrow as pa
 
-INTEGERS = [0, -1, 1, 2, 7, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, -(2**63), 10**400]
+INTEGERS = [
+    0,
+    -1,
+    1,
+    2,
+    7,
+    255,
+    2**15,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64,
+    -(2**63),
+    10**400,
+]
 NUMBERS = [math.inf, -math.inf, math.nan, 0.5, -0.0, 1e308, -1e308, 5e-324, 1e-4, 2e-4, -3.5e38]
-STRINGS = ["", " ", "q0", "\0", "\x1b[2J\x1b]0;x\x07", "\ud800", "[red]x[/red]", "../../x", "x" * 10**4, "ü\u202e", "1"]
+STRINGS = [
+    "",
+    " ",
+    "q0",
+    "\0",
+    "\x1b[2J\x1b]0;x\x07",
+    "\ud800",
+    "[red]x[/red]",
+    "../../x",
+    "x" * 10**4,
+    "ü\u202e",
+    "1",
+]
 DEEP = [100, 300, 900, 990, 10**5]
 
 
@@ -52,8 +82,36 @@ _VALUES = [
     "2024-01-01", "9999-12-31T23:59:59.999999+23:59", "0001-01-01T00:00:00-23:59", [10**9, 0, 0], [1e308, 1e308, 1e308],
     [math.inf, 0, 0], 2**63, -(2**63), 10**400, None, True, {"a": 1}, "\ud800", "x\0y",
 ]  # fmt: skip
-_SHAPES = [[], [0], [2], [1, 2], [2**62, 4], [2**63], [-1], [0, 2**62], [0, 2**63], [1] * 65, "2", None, [True], [2.0], {}]
-_ZONES = ["UTC", "../../../../etc/passwd", "/etc/passwd", "\0", "", "Europe/Berlin", "x" * 5000, "\ud800", 5, None, "."]
+_SHAPES = [
+    [],
+    [0],
+    [2],
+    [1, 2],
+    [2**62, 4],
+    [2**63],
+    [-1],
+    [0, 2**62],
+    [0, 2**63],
+    [1] * 65,
+    "2",
+    None,
+    [True],
+    [2.0],
+    {},
+]
+_ZONES = [
+    "UTC",
+    "../../../../etc/passwd",
+    "/etc/passwd",
+    "\0",
+    "",
+    "Europe/Berlin",
+    "x" * 5000,
+    "\ud800",
+    5,
+    None,
+    ".",
+]
 
 
 def encoded_value(chance):
@@ -92,7 +150,7 @@ def hostile_text(chance, before):
         levels = chance.choice(DEEP)
         inner = '{"__exgrpo_type__": "tuple", "value": ['
         return '{"prompt": "a", "b": ' + inner * levels + "]}" * levels + "}"
-    if roll < 0.9 and before:
+    if roll < 0.9 and isinstance(before, str) and before:
         at = chance.randrange(len(before))
         return before[:at] + chance.choice(["", "\0", '"', "}", "]", "\\", "ü", "9" * 5000]) + before[at + 1 :]
     return chance.choice(["", "null", "[]", "{}", "1", '"x"', '{"prompt": 1}', '[["a"]]', '[{"role": 5}]', '{"": {}}'])
@@ -105,7 +163,11 @@ def hostile_column(chance, field, values):
         kind = chance.choice(
             [pa.int32(), pa.int64(), pa.float64(), pa.string(), pa.large_list(pa.int64()), pa.bool_(), pa.null()]
         )
-        array = pa.nulls(len(values), kind) if chance.random() < 0.5 else pa.array([_any(chance, kind)] * len(values), kind)
+        array = (
+            pa.nulls(len(values), kind)
+            if chance.random() < 0.5
+            else pa.array([_any(chance, kind)] * len(values), kind)
+        )
         return pa.field(field.name, kind), array
     changed = list(values)
     for at in range(len(changed)) if roll < 0.3 else [chance.randrange(len(changed))] if changed else []:
