@@ -144,9 +144,15 @@ class RolloutDetails:
         return resolved(value, {image.digest: image for image in self.images}) if self.images else value
 
 
-def check_texts(details: RolloutDetails) -> None:
+def check_texts(details: RolloutDetails, known_rewards: set[str]) -> None:
     """
     Check that the texts of details from a file are what [`RolloutDetails.create`] makes, so that no later step fails.
+
+    Args:
+        details ([`RolloutDetails`]):
+            The details.
+        known_rewards (`set[str]`):
+            Texts of rewards that were checked before, to which these are added: many completions have the same.
 
     Raises:
         ValueError: if one is not.
@@ -160,10 +166,11 @@ def check_texts(details: RolloutDetails) -> None:
         value = _checked_value("fields", details.fields_text, details.images)
         if not isinstance(value, dict) or not all(type(name) is str for name in value):
             raise ValueError("`fields` is no object")
-    if details.rewards_text is not None:
+    if details.rewards_text is not None and details.rewards_text not in known_rewards:
         rewards = _checked_value("rewards", details.rewards_text, ())
         if not isinstance(rewards, dict) or not all(map(_is_reward, rewards.values())):
             raise ValueError("`rewards` is no object of numbers")
+        known_rewards.add(details.rewards_text)
 
 
 def _checked_value(name: str, text: str, images: Sequence[StoredImage]) -> Any:

@@ -174,6 +174,7 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
     read = [*_IMPORTED_SCHEMA.names, "images", "image_digests", "details"]
     read = [name for name in read if name in dataset.column_names]
     images: dict[str, StoredImage] = {}
+    known_rewards: set[str] = set()
     question = None
     text = ""
     # Images make rows large.
@@ -196,7 +197,7 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
             _add_images(images, *of_row)
         all_details = details_from_columns(details, num_tokens_in(batch), images)
         for details_of_row in filter(None, all_details):
-            check_texts(details_of_row)
+            check_texts(details_of_row, known_rewards)
         experiences = experiences_from_table(batch, all_details)
         columns = (batch.column(name).to_pylist() for name in (*QUESTION_SCHEMA.names, *GROUP_SCHEMA.names))
         rows = zip(experiences, reuse_from_table(batch), *columns, strict=True)

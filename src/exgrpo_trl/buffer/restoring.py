@@ -53,6 +53,8 @@ _ADDED_IN = {
     **dict.fromkeys(DETAIL_SCHEMA.names, 3),
     **dict.fromkeys((*REUSE_SCHEMA.names, *GROUP_SCHEMA.names), 4),
 }
+# Characters of a JSON text from which on the objects that it is parsed into, and let go again, are counted.
+_LONG_TEXT = 2**18
 RETIRED_SCHEMA = pa.schema([("question_id", pa.string())])
 
 
@@ -145,6 +147,7 @@ def _completions_in(
     numbers_of_question: list[list[int | None]] = [[] for _ in questions]
     by_age: list[tuple[Experience, str] | None] = [None] * num_completions
     reuse: dict[Experience, Reuse] = {}
+    known_rewards: set[str] = set()
     version = metadata["schema_version"]
     written = pa.schema([field for field in COMPLETION_SCHEMA if _ADDED_IN.get(field.name, 1) <= version])
     for batch in row_groups(directory / COMPLETIONS_FILE, written):
@@ -154,7 +157,7 @@ def _completions_in(
         details = details_from_columns(
             {name: array_of(table, name) for name in DETAIL_SCHEMA.names}, num_tokens_in(table), images
         )
-        _check_texts(details, budget)
+        _check_texts(details, known_rewards, budget)
         experiences = experiences_from_table(table, details)
         records = zip(experiences, reuse_from_table(table), strict=True)
         reuse.update((experience, record) for experience, record in records if record is not None)
@@ -171,12 +174,13 @@ def _completions_in(
     return _Completions(of_question, numbers_of_question, owned, reuse)
 
 
-def _check_texts(all_details: Sequence[RolloutDetails | None], budget: Budget) -> None:
+def _check_texts(all_details: Sequence[RolloutDetails | None], known_rewards: set[str], budget: Budget) -> None:
     for details in all_details:
         if details is not None:
             for text in details.texts:
-                budget.check(json_bytes(text))
-            check_texts(details)
+                if len(text) > _LONG_TEXT:
+                    budget.check(json_bytes(text))
+            check_texts(details, known_rewards)
 
 
 def _groups_of(
