@@ -17,13 +17,14 @@ OLDEST_FOR_AGENTS ?= transformers==5.2.0 huggingface_hub==1.3.0 jmespath==1.0.1
 # The oldest TRL for vLLM, with the newest transformers that it runs tools with.
 OLDEST_FOR_VLLM ?= $(OLDEST_TRL) transformers==5.12.0 huggingface_hub==1.33.0 tokenizers==0.22.2
 AGENT_TESTS = $(addprefix tests/end_to_end/,test_agents.py test_agents_of_many.py test_bad_rollouts.py) -k "not function"
+FUZZ_INPUTS ?= 100000
 PIP_OPTIONS ?= --quiet --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help train train-agent train-vision test test-oldest test-vllm environments precommit format bench docs clean
+.PHONY: help train train-agent train-vision test test-oldest test-vllm fuzz environments precommit format bench docs clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +54,9 @@ test-vllm: $(VENV_VLLM)/.dev  ## Run the tests against a real vLLM, on the newes
 			tests/vllm/test_two_processes.py tests/vllm/test_turns.py --numprocesses 2 --dist loadgroup; \
 	else echo "SKIPPED: the tests against vLLM. $(VLLM) cannot be installed or imported on this machine:"; \
 		tail -n 5 $(VENV_VLLM)/install.log $(VENV_VLLM)/import.log; fi
+
+fuzz: $(VENV)/.dev  ## Load 100,000 hostile buffers and datasets; FUZZ_INPUTS=... for another number
+	$(VENV)/bin/python tests/buffer/fuzz.py --inputs $(FUZZ_INPUTS)
 
 environments: $(VENV)/.dev $(VENV_OLDEST)/.dev $(VENV_VLLM)/.dev  ## Create all environments of the tests
 

@@ -69,18 +69,19 @@ def json_literal(chance, depth=0):
 
 
 _CODECS = [
-    "bytes", "complex", "Decimal", "datetime", "time", "date", "timedelta", "dict", "image", "image_reference", "tuple",
-    "set", "frozenset", "numpy_str", "numpy_bytes", "numpy_scalar", "numpy_array", "numpy_objects", "numpy_strings",
-    "tensor", "pandas_Timestamp", "pandas_Timedelta", "pandas_NaT", "pandas_NA", "pickle", "__reduce__",
+    "bytes", "complex", "Decimal", "datetime", "time", "date", "timedelta", "dict", "image", "image_reference",
+    "tuple", "set", "frozenset", "numpy_str", "numpy_bytes", "numpy_scalar", "numpy_array", "numpy_objects",
+    "numpy_strings", "tensor", "pandas_Timestamp", "pandas_Timedelta", "pandas_NaT", "pandas_NA", "pickle", "__reduce__",
 ]  # fmt: skip
 _DTYPES = [
-    "<f4", "|O", "|V0", "<U0", "<U1", "<U99999999", "|S2147483647", "M8[ns]", "|b1", "g", "<c16", "O", "f4,O", "bfloat16",
-    "load", "_C", "qint8", [["a", "<f4"], ["b", "|O"]], [["a", "<i8", [2**40]]], 5, None, "V" + "9" * 20, "(2,)f4", ",",
+    "<f4", "|O", "|V0", "<U0", "<U1", "<U99999999", "|S2147483647", "M8[ns]", "|b1", "g", "<c16", "O", "f4,O",
+    "bfloat16", "load", "_C", "qint8", [["a", "<f4"], ["b", "|O"]], [["a", "<i8", [2**40]]], 5, None,
+    "V" + "9" * 20, "(2,)f4", ",",
 ]  # fmt: skip
 _VALUES = [
-    base64.b64encode(bytes(8)).decode(), "", "=", "A" * 7, [], [1, 2], [[1], 2], [[[], 1]], "1e999999999", "sNaN", "NaN",
-    "2024-01-01", "9999-12-31T23:59:59.999999+23:59", "0001-01-01T00:00:00-23:59", [10**9, 0, 0], [1e308, 1e308, 1e308],
-    [math.inf, 0, 0], 2**63, -(2**63), 10**400, None, True, {"a": 1}, "\ud800", "x\0y",
+    base64.b64encode(bytes(8)).decode(), "", "=", "A" * 7, [], [1, 2], [[1], 2], [[[], 1]], "1e999999999", "sNaN",
+    "NaN", "2024-01-01", "9999-12-31T23:59:59.999999+23:59", "0001-01-01T00:00:00-23:59", [10**9, 0, 0],
+    [1e308, 1e308, 1e308], [math.inf, 0, 0], 2**63, -(2**63), 10**400, None, True, {"a": 1}, "\ud800", "x\0y",
 ]  # fmt: skip
 _SHAPES = [
     [],

@@ -42,8 +42,8 @@ def page(values=(b"a", b"b"), *, num_values=None, decoded=None, encoding=0, kind
 
 
 def retired_file(
-    pages=None, *, num_rows=2, group_rows=None, num_values=None, schema=None, about=None, chunk=None, groups=1, footer=b"",
-    metadata=None,
+    pages=None, *, num_rows=2, group_rows=None, num_values=None, schema=None, about=None, chunk=None, groups=1,
+    footer=b"", metadata=None,
 ):  # fmt: skip
     """A file with the column of retired ids; by default a right one of the rows "a" and "b"."""
     pages = page() if pages is None else pages

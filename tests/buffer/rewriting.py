@@ -39,3 +39,10 @@ def seal(path):
 def sealed(text):
     """The text of a metadata file with its own checksum."""
     return text.replace('"checksum": ""', f'"checksum": "{metadata._sha256(text)}"', 1)
+
+
+def rewrite_metadata(path, change, of_text=lambda text: text):
+    """Metadata changed on purpose, as an object or as text, with its own checksum."""
+    about = json.loads((path / "metadata.json").read_text())
+    change(about)
+    (path / "metadata.json").write_text(sealed(of_text(json.dumps(about | {"checksum": ""}, indent=2))))

@@ -6,6 +6,7 @@ import random
 import resource
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from hostile_use import show, use, use_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parquet_by_hand import BINARY, I32, I64, LIST, STRUCT, encoded, page, put, retired_file, varint
-from rewriting import LAYOUT, seal, sealed
+from rewriting import LAYOUT, rewrite_metadata, seal
 
 from exgrpo_trl import Experience, ExperienceBuffer, ExperienceBufferError, Question, RolloutDetails, StoredImage
 from exgrpo_trl.buffer import files, limits
@@ -27,7 +28,7 @@ from exgrpo_trl.values import MAX_DEPTH
 MIB = 2**20
 # The same inputs every time; `make fuzz` tries many more.
 FUZZ = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "250")),
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "120")),
     derandomize=True,
     database=None,
     deadline=None,
@@ -139,7 +140,7 @@ def test_every_number_of_a_footer(path):
     before = peak_bytes()
     refused = 0
     for at in range(start, len(content) - 8):
-        for number in (2**63, 2**32 - 2):
+        for number in (2**63,) if at % 2 else (2**32 - 2,):
             footer = content[start:at] + varint(number) + content[at + 1 : -8]
             put(path, "retired.parquet", content[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
             try:
@@ -147,7 +148,7 @@ def test_every_number_of_a_footer(path):
             except ExperienceBufferError as error:
                 assert "retired.parquet" in str(error)  # noqa: PT017
                 refused += 1
-    assert refused > 200
+    assert refused > 100
     assert peak_bytes() - before < 64 * MIB
 
 
@@ -166,11 +167,12 @@ def test_other_layouts_are_refused(path, options):
 
 
 BOMBS = {
-    # 1 GiB of zeros in pages of 1 MiB; honest footers.
+    # 544 MiB of zeros, and a footer that says so.
     "images": """
-with pq.ParquetWriter(path / "images.parquet", image_files.IMAGE_SCHEMA, compression="zstd", use_dictionary=False) as file:
-    for number in range(64):
-        file.write_batch(pa.record_batch([[str(number)], [bytes(2**24)]], schema=image_files.IMAGE_SCHEMA))
+schema = image_files.IMAGE_SCHEMA
+with pq.ParquetWriter(path / "images.parquet", schema, compression="zstd", use_dictionary=False) as file:
+    for number in range(34):
+        file.write_batch(pa.record_batch([[str(number)], [bytes(2**24)]], schema=schema))
 """,
     "retired ids": """
 column = pa.nulls(2**27, pa.string())
@@ -246,17 +248,11 @@ def test_what_compresses_too_well_is_written_without_compression(tmp_path, monke
 def test_a_large_group_size_is_no_number_of_buckets(path):
     with pytest.raises(ValueError, match="at most 65536"):
         ExperienceBuffer(group_size=2**62)
-    rewrite(path, lambda about: about["settings"].update(group_size=2**62))
+    rewrite_metadata(path, lambda about: about["settings"].update(group_size=2**62))
     assert_refused(path, "metadata.json", "`group_size` in `settings` is 4611686018427387904")
 
 
 # Metadata
-
-
-def rewrite(path, change, text=lambda text: text):
-    about = json.loads((path / "metadata.json").read_text())
-    change(about)
-    (path / "metadata.json").write_text(sealed(text(json.dumps(about | {"checksum": ""}, indent=2))))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +264,7 @@ def rewrite(path, change, text=lambda text: text):
         (lambda about: about["settings"].pop("capacity"), "`settings` has no `capacity`"),
         (lambda about: about["counts"].update(evicted=10**30), "`evicted` in `counts`"),
         (lambda about: about["counts"].update(questions=True), "`questions` in `counts` is True"),
-        (lambda about: about["counts"].update(completions=2**62), "3 rows, but metadata.json counts 4611686018427387904"),
+        (lambda about: about["counts"].update(completions=2**62), "3 rows, but metadata.json counts 46116860184"),
         (lambda about: about["files"].update({"../../x": {}}), "`files` names"),
         (lambda about: about["rng"]["state"].update(inc=2), "`inc` of `rng` is even"),
         (lambda about: about["rng"].update(uinteger=-1), "`uinteger` in `rng` is -1"),
@@ -279,12 +275,12 @@ def rewrite(path, change, text=lambda text: text):
     ],
 )  # fmt: skip
 def test_metadata_that_cannot_be(path, change, reason):
-    rewrite(path, change)
+    rewrite_metadata(path, change)
     assert_refused(path, "metadata.json", reason)
 
 
 def test_metadata_with_a_key_twice_or_too_deep(path):
-    rewrite(path, lambda about: None, lambda text: text.replace('"rng"', '"provenance": {}, "rng"'))
+    rewrite_metadata(path, lambda about: None, lambda text: text.replace('"rng"', '"provenance": {}, "rng"'))
     assert_refused(path, "metadata.json", "twice")
     for levels in (MAX_DEPTH + 1, 10**5):
         (path / "metadata.json").write_text("[" * levels + "]" * levels)
@@ -310,7 +306,7 @@ def test_a_run_with_a_state_that_is_nested_deeply(path):
     checkpoint.mkdir(parents=True)
     path.rename(checkpoint / "experience_buffer")
     (checkpoint / "trainer_state.json").write_text("[" * 10**5)
-    with pytest.raises(ExperienceBufferError, match="trainer_state.json is missing from checkpoint-1, or damaged"):
+    with pytest.raises(ExperienceBufferError, match=r"trainer_state.json is missing from checkpoint-1, or damaged"):
         find_buffer(checkpoint.parent)
 
 
@@ -325,6 +321,9 @@ def test_a_pipe_in_the_place_of_a_file(path, name):
 # Texts of details, which nobody reads before they are replayed
 
 
+EMPTY_ITEMS = '{"a": {"__exgrpo_type__": "numpy_array", "dtype": "<U0", "shape": [1099511627776], "value": ""}}'
+
+
 @pytest.mark.parametrize(
     ("column", "text", "reason"),
     [
@@ -334,7 +333,7 @@ def test_a_pipe_in_the_place_of_a_file(path, name):
         ("messages", '[{"a": {"digest": "x", "__exgrpo_type__": "image_reference"}}]', "refers to the images .'x'."),
         ("shown_prompt", "{}", "`shown_prompt` is neither"),
         ("fields", "[]", "`fields` is no object"),
-        ("fields", '{"a": {"__exgrpo_type__": "numpy_array", "dtype": "<U0", "shape": [1099511627776], "value": ""}}', "too many"),
+        ("fields", EMPTY_ITEMS, "too many"),
         ("rewards", '{"a": "1"}', "`rewards` is no object of numbers"),
         ("rewards", '{"a": 1' + "0" * 400 + "}", "`rewards` is no object of numbers"),
     ],
@@ -369,7 +368,7 @@ def test_show_obeys_nothing_that_is_stored(tmp_path, capsys):
 
 
 def test_the_error_of_show_obeys_nothing(path, capsys):
-    rewrite(path, lambda about: about["settings"].update({CONTROL: 1}))
+    rewrite_metadata(path, lambda about: about["settings"].update({CONTROL: 1}))
     hidden = path.with_name("\x1b[2J")
     path.rename(hidden)
     assert show(hidden) == 1
@@ -382,15 +381,13 @@ def test_images_of_strangers():
     from PIL import Image
 
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
-    with pytest.raises(ExperienceBufferError, match="'d' .*cannot be decoded .*format EPS"):
+    with pytest.raises(ExperienceBufferError, match=r"'d' .*cannot be decoded .*format EPS"):
         StoredImage(eps, "d").open()
     for content in (b"", b"x", b"\x89PNG\r\n\x1a\n"):
         with pytest.raises(ExperienceBufferError, match="cannot be decoded"):
             StoredImage(content, "d").open()
     small = StoredImage.of(Image.new("1", (1, 1)))
     wide = (200_000).to_bytes(4, "big")
-    import zlib
-
     header = b"IHDR" + wide + wide + small.content[24:29]
     bomb = small.content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small.content[33:]
     before = peak_bytes()
@@ -422,7 +419,7 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 folder = Path(tempfile.mkdtemp())
 inputs = []
-for seed in range(150):
+for seed in range(60):
     hostile_buffer(random.Random(seed), folder / str(seed))
     inputs.append(folder / str(seed))
 use(folder / "0", folder / "elsewhere"), use_dataset(*hostile_table(random.Random(0))[:2])  # imports what it needs
@@ -437,7 +434,7 @@ for path in inputs:
         pass
 found, seen = seen, None
 assert sorted(folder.rglob("*")) == before
-assert 5 < loaded < 145, loaded
+assert 5 < loaded < 55, loaded
 for event in found:
     print(event)
 shutil.rmtree(folder)

@@ -29,6 +29,7 @@ RETIRED_FILE = "retired.parquet"
 IMAGES_FILE = "images.parquet"
 DATA_FILES = (QUESTIONS_FILE, COMPLETIONS_FILE, RETIRED_FILE, IMAGES_FILE)
 
+_MOST_CHARACTERS = 1200
 _NO_CHECKSUM = '"checksum": ""'
 RESUME_HINT = "Resume from an earlier checkpoint, or put an empty buffer in its place: ExperienceBuffer().save(PATH)."
 
@@ -169,5 +170,7 @@ def _package_version() -> str | None:
 
 
 def fail(path: Path, what: str, cause: BaseException | None = None) -> NoReturn:
-    """Say of the buffer at a path what is wrong."""
+    """Say of the buffer at a path what is wrong, in so many words."""
+    if len(what) > _MOST_CHARACTERS:  # it quotes what it found
+        what = f"{what[: _MOST_CHARACTERS - 300]} [...] {what[-300:]}"
     raise ExperienceBufferError(f"The experience buffer at {path} {what}") from cause
