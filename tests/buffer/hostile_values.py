@@ -71,7 +71,8 @@ def json_literal(chance, depth=0):
 _CODECS = [
     "bytes", "complex", "Decimal", "datetime", "time", "date", "timedelta", "dict", "image", "image_reference",
     "tuple", "set", "frozenset", "numpy_str", "numpy_bytes", "numpy_scalar", "numpy_array", "numpy_objects",
-    "numpy_strings", "tensor", "pandas_Timestamp", "pandas_Timedelta", "pandas_NaT", "pandas_NA", "pickle", "__reduce__",
+    "numpy_strings", "tensor", "pandas_Timestamp", "pandas_Timedelta", "pandas_NaT", "pandas_NA", "pickle",
+    "__reduce__",
 ]  # fmt: skip
 _DTYPES = [
     "<f4", "|O", "|V0", "<U0", "<U1", "<U99999999", "|S2147483647", "M8[ns]", "|b1", "g", "<c16", "O", "f4,O",
