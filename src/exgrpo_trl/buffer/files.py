@@ -99,7 +99,7 @@ def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer]) -> Buf
     Load a buffer that [`save_buffer`] wrote; it goes on exactly as the saved one would have.
 
     The files may come from a stranger: they are data, of which nothing is executed, and nothing is written. What they
-    decode to is bounded before it is decoded, by 256 times their size, or 512 MiB where that is more.
+    decode to is bounded before it is decoded, by 64 times their size, or 512 MiB where that is more.
 
     Args:
         path (`str` or `os.PathLike`):
