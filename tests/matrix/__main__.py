@@ -6,7 +6,8 @@ Run what has to hold on every supported release of TRL (contract.txt) on each of
     python -m tests.matrix --write                      # takes outcomes and signatures into docs/compatibility.md
 
 One environment serves all: each TRL lies in a folder of its own, before which nothing else is looked for. The oldest
-comes with the oldest transformers, and those before 1.8 with the last that parse tool calls as they do. The hooks are compared with the signatures of every release, patches included.
+comes with the oldest transformers, and those before 1.8 with the last that parse tool calls as they do. The hooks are
+compared with the signatures of every release, patches included.
 """
 
 import argparse
