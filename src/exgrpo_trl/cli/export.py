@@ -69,7 +69,9 @@ def _write_parquet(dataset: Dataset, rows: Sequence[Row], decoder: Decoder | Non
     datasets.disable_progress_bars()
     table = dataset.with_format("arrow")[:]
     features = datasets.Features(dataset.features)
-    prompts = [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in map(_prompt, rows)]
+    prompts = [
+        prompt if prompt is None or isinstance(prompt, str) else json.dumps(prompt) for prompt in map(_prompt, rows)
+    ]
     for name, texts in (("prompt", prompts), ("completion", _completions(rows, decoder))):
         if texts is not None:
             table = table.append_column(name, pa.array(texts, pa.large_string()))

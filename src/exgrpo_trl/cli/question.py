@@ -59,6 +59,7 @@ def describe_question(opened: Opened, rows: list[Row], decoder: Decoder | None) 
         "bucket": rows[0].bucket,
         "group_size": opened.buffer.group_size,
         "example": question.example,
+        "tokenizer": None if decoder is None else str(decoder.file),
         "completions": [_describe(opened, row, decoder) for row in rows],
     }
 
@@ -119,7 +120,10 @@ def _values(opened: Opened, rows: list[Row]) -> Table:
 
 def _heading(opened: Opened, row: Row, number: int) -> Text:
     experience = row.experience
-    group = f", group {(number - 1) // (opened.buffer.group_size or 1) + 1}" if opened.buffer.unit == GROUP else ""
+    group = ""
+    if opened.buffer.unit == GROUP:
+        groups = opened.buffer.groups(row.question.question_id)
+        group = f", group {next(n for n, group in enumerate(groups, start=1) if experience in group)}"
     entropy = "unknown" if math.isnan(experience.entropy) else f"{experience.entropy:.2f}"
     lines = [
         f"{number}{group}: reward {experience.reward:g}",

@@ -26,13 +26,13 @@ def has_colours(console: Console) -> bool:
 
 def legend() -> Text:
     """What the colours mean."""
-    text = Text("Probability of a token when it was generated:", style="bold")
+    text = Text("Probability of a token when generated:", style="bold")
     above = None
     for lowest, colour in _SCALE:
-        name = f"below {above:g}" if lowest == 0 else f"{lowest:g} and more"
+        name = f"<{above:g}" if lowest == 0 else f">={lowest:g}"
         text.append(f"  {name}", style=f"not bold {colour}")
         above = lowest
-    return text.append("  of others", style=f"not bold {_OTHERS_STYLE}")
+    return text.append("  not the model's", style=f"not bold {_OTHERS_STYLE}")
 
 
 def pieces_of(experience: Experience, decoder: Decoder | None) -> list[str]:
