@@ -4,11 +4,11 @@ from agents import Watched, agent_options, skip_unless_able, tool_tokenizer
 from tiny import first_letter_reward, make_trainer, tiny_dataset, tiny_tokenizer
 from vision import vision_dataset, vision_model
 
-# Leaves 100 if the command imported what it must not.
+# Ends with an error if the command imported what it must not.
 CODE = (
     "import sys; from exgrpo_trl.cli import main; code = main(sys.argv[1:]); "
     "heavy = {'torch', 'trl', 'transformers'} & set(sys.modules); "
-    "print(*heavy, file=sys.stderr); sys.exit(100 if heavy else code)"
+    "sys.exit(f'imported {heavy}' if heavy else code)"
 )
 
 

@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the buffer that is left and what was put aside, and say what they hold."""
+    from ..buffer.files import refuse_foreign
+
     if not arguments.filters and not arguments.restore:
         raise ExperienceBufferError(
             f"Nothing says which completions of {arguments.path} to put aside. Add --filter, for example "
@@ -52,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         if resolved(target) == resolved(place):
             raise ExperienceBufferError(f"{target} is the experience buffer itself. Change it with --in-place.")
         refuse_existing(target, force=arguments.force)
+    refuse_foreign(resolved(target))  # before anything is written to quarantine
     beside = place if arguments.restore else target
     quarantine = arguments.quarantine or beside.with_name(f"{resolved(beside).name}.quarantine")
     if resolved(quarantine) in (resolved(target), resolved(place)):
