@@ -96,11 +96,11 @@ class ExperienceBuffer:
         self._check_limits(self._group_size, self._capacity, self._max_per_question)
         self._retire_solved = retire_solved
         self.eviction: EvictionFunction = Oldest()
-        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.rng: np.random.Generator = np.random.Generator(np.random.PCG64(seed))
         self.provenance: dict[str, Any] = {}
         self.replay_state: dict[str, Any] = {}
-        self.num_evicted = 0
-        self.num_duplicates = 0
+        self.num_evicted: int = 0
+        self.num_duplicates: int = 0
         self._store = Store(StoredGroups if self._unit == GROUP else StoredCompletions)
         self._retired: dict[str, None] = {}
 
@@ -480,7 +480,7 @@ class ExperienceBuffer:
         Load a saved buffer, which goes on exactly as the saved one would have.
 
         The files may be a stranger's. They are data: nothing of them is executed, and nothing is written. What they
-        decode to is bounded, whatever sizes they declare: by 256 times their size, or by 512 MiB where that is more.
+        decode to is bounded, whatever sizes they declare: by 64 times their size, or by 512 MiB where that is more.
         Images are decoded when they are used.
 
         Args:
