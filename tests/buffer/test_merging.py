@@ -101,6 +101,9 @@ def test_what_does_not_belong_together():
     # What only one of them tells is taken over.
     result = ExperienceBuffer.merge([one(), one(provenance={"chat_template": "c"})])
     assert result.provenance == {"tokenizer": "t", "temperature": 1.0, "chat_template": "c"}
+    assert ExperienceBuffer.merge(
+        [one(provenance={"x": float("nan")}), one(provenance={"x": float("nan")})]
+    ).num_completions
     # Nothing has to agree with a buffer that never held anything.
     assert tokens(ExperienceBuffer.merge([ExperienceBuffer(group_size=2), one(unit="group")])) == {"a": [1, 2]}
 

@@ -122,7 +122,7 @@ def test_no_command_imports_torch(command, paths, name):
 
 def test_the_test_of_imports_can_fail(command, paths, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import torch\n")
-    with pytest.raises(AssertionError, match="imported .*torch"):
+    with pytest.raises(AssertionError, match=r"imported .*torch"):
         command("show", paths["buffer"], PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,11 @@ def set_aside(buffer: ExperienceBuffer, is_chosen: Callable[[Question, int, Expe
     return aside
 
 
+def is_same_provenance(one: Any, other: Any) -> bool:
+    """Whether two values of a provenance are the same; NaN, which files may hold, is itself."""
+    return bool(one == other) or json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
 def _insert(
     result: ExperienceBuffer, question_id: str, bucket: int, known: Sequence[tuple[str, ExperienceBuffer]]
 ) -> None:
@@ -131,7 +137,7 @@ def _common_provenance(known: Sequence[tuple[str, ExperienceBuffer]]) -> dict[st
     for source, buffer in known:
         for name, value in buffer.provenance.items():
             said_by.setdefault(name, source)
-            if provenance.setdefault(name, value) == value:
+            if is_same_provenance(provenance.setdefault(name, value), value):
                 continue
             if name == "chat_template" and is_prompt_known:
                 continue  # the tokens of the prompts count, which a trainer compares one by one

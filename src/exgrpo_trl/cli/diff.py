@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..buffer import ExperienceBuffer
+from ..buffer.merging import is_same_provenance
 from ..buffer.settings import GROUP
 from ..records import ExperienceBufferError
 from .arguments import whole_number
@@ -65,8 +66,12 @@ def difference(before: Opened, after: Opened) -> dict[str, Any]:
     ids = dict.fromkeys([*_ids(before.buffer), *_ids(after.buffer), *before.buffer.retired, *after.buffer.retired])
     questions = [_changes(question_id, before.buffer, after.buffer) for question_id in ids]
     changed = [of for of in questions if of["changes"] or of["completions_came"] or of["completions_went"]]
-    names = before.buffer.provenance.keys() | after.buffer.provenance.keys()
-    differing = [name for name in names if before.buffer.provenance.get(name) != after.buffer.provenance.get(name)]
+    of_both = before.buffer.provenance, after.buffer.provenance
+    differing = [
+        name
+        for name in of_both[0].keys() | of_both[1].keys()
+        if not is_same_provenance(*(of.get(name) for of in of_both))
+    ]
     return {
         "before": {"path": str(before.directory), "version": before.now, **_sizes(before.buffer)},
         "after": {"path": str(after.directory), "version": after.now, **_sizes(after.buffer)},

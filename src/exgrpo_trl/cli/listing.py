@@ -7,6 +7,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +18,7 @@ from .text import plain_text, prompt_of
 
 # What a listing is sorted by; ages are those of the newest completion.
 SORT_FIELDS = ("question", "bucket", "completions", "age", "reward", "length", "replays")
+_COLUMNS = ("question", "correct", "stored", "age", "reward", "tokens", "replays", "prompt")
 _SHORTEST_ID = 8
 _MOST_OF_A_PROMPT = 200
 _MOST_OF_AN_ID = 40
@@ -64,23 +66,29 @@ def questions_of(opened: Opened, rows: Sequence[Row], sort: str | None, *, rever
 def print_questions(opened: Opened, questions: Sequence[dict[str, Any]], limit: int, console: Console) -> None:
     """Print the first questions, with beginnings of their ids that are unique in the buffer."""
     shown = questions[:limit] if limit else questions
-    table = Table(box=box.SIMPLE)
-    for name in ("question", "correct", "stored", "age", "reward", "tokens", "replays", "prompt"):
-        is_text = name in ("question", "prompt")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=True, overflow="crop")
     short = short_ids(opened)
+    lines = [_COLUMNS]
     for of in shown:
-        ages = f"{of['age']:,}" if of["age"] == of["oldest"] else f"{of['age']:,}-{of['oldest']:,}"
-        table.add_row(
-            Text(one_line(short[of["question"]], _MOST_OF_AN_ID)),
-            f"{of['bucket']}/{opened.buffer.group_size}",
-            f"{of['completions']:,}",
-            ages,
-            f"{of['reward']:.3g}",
-            f"{of['length']:.0f}",
-            f"{of['replays']:,}",
-            Text(one_line(of["prompt"], _MOST_OF_A_PROMPT)),
+        lines.append(
+            (
+                one_line(short[of["question"]], _MOST_OF_AN_ID),
+                f"{of['bucket']}/{opened.buffer.group_size}",
+                f"{of['completions']:,}",
+                f"{of['age']:,}" if of["age"] == of["oldest"] else f"{of['age']:,}-{of['oldest']:,}",
+                f"{of['reward']:.3g}",
+                f"{of['length']:.0f}",
+                f"{of['replays']:,}",
+                one_line(of["prompt"], _MOST_OF_A_PROMPT),
+            )
         )
+    table = Table(box=box.SIMPLE)
+    for name, *cells in zip(*lines, strict=True):
+        # Prompts alone give way where a terminal is narrow.
+        width = None if name == "prompt" else max(map(cell_len, [name, *cells]))
+        is_text = name in ("question", "prompt")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True, overflow="crop", min_width=width)
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
     title = f"{len(shown):,} of {len(questions):,} questions of {opened.directory}"
     console.print(Text(one_line(title), style="bold"), soft_wrap=True)
     if shown:

@@ -29,10 +29,10 @@ class Decoder:
     """
 
     def __init__(self, file: Path) -> None:
-        from tokenizers import Tokenizer
-
         self.file = file
         try:
+            from tokenizers import Tokenizer
+
             self._tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except KeyboardInterrupt:
             raise
