@@ -53,7 +53,7 @@ def questions_of(opened: Opened, rows: Sequence[Row], sort: str | None, *, rever
                 "reward": sum(rewards) / len(group),
                 "length": sum(row.experience.num_tokens for row in group) / len(group),
                 "replays": sum(row.num_replays for row in group),
-                "prompt": plain_text(prompt_of(group[0].question.example)),
+                "prompt": plain_text(prompt_of(group[0].question.example, group[0].experience)),
             }
         )
     if sort is not None:
@@ -102,9 +102,15 @@ def short_ids(opened: Opened) -> dict[str, str]:
     ids = sorted(question_id for ids in opened.buffer.buckets().values() for question_id in ids)
     shared = [0, *(_num_shared(one, other) for one, other in pairwise(ids)), 0]
     return {
-        question_id: question_id[: max(_SHORTEST_ID, before + 1, after + 1)]
+        question_id: _beginning(question_id, max(_SHORTEST_ID, before + 1, after + 1))
         for question_id, before, after in zip(ids, shared, shared[1:], strict=False)
     }
+
+
+def _beginning(question_id: str, length: int) -> str:
+    while question_id[length - 1 : length].isspace():  # nobody would see it
+        length += 1
+    return question_id[:length]
 
 
 def _num_shared(one: str, other: str) -> int:

@@ -89,10 +89,7 @@ def print_question(opened: Opened, rows: list[Row], decoder: Decoder | None, not
     question = rows[0].question
     console.print(Text(f"Question {one_line(question.question_id)}", style="bold"), soft_wrap=True)
     console.print(_values(opened, rows))
-    console.print(Text("Prompt", style="bold"))
-    for role, text in messages_of(prompt_of(question.example)):
-        label = f"{one_line(role, 30)}: " if role else ""
-        console.print(Text.assemble((label, "bold"), readable(text), overflow="fold"))
+    _print_prompts(rows, console)
     console.print(Text(readable(note), overflow="fold"))
     if has_colours(console):
         console.print(legend())
@@ -105,6 +102,19 @@ def print_question(opened: Opened, rows: list[Row], decoder: Decoder | None, not
             *(shown_tokens(row.experience, pieces_of(row.experience, decoder)) for row in rows[start : start + most])
         )
         console.print(table)
+
+
+def _print_prompts(rows: list[Row], console: Console) -> None:
+    """Print the prompt; where environments showed several, each with the completions that answer it."""
+    prompts: dict[str, tuple[Text, list[str]]] = {}
+    for number, row in enumerate(rows, start=1):
+        text = Text(overflow="fold")
+        for role, content in messages_of(prompt_of(row.question.example, row.experience)):
+            text.append(f"{one_line(role, 30)}: " if role else "", "bold").append(f"{readable(content)}\n")
+        prompts.setdefault(text.plain, (text, []))[1].append(str(number))
+    for text, numbers in prompts.values():
+        console.print(Text("Prompt" if len(prompts) == 1 else f"Prompt of {', '.join(numbers)}", style="bold"))
+        console.print(text, end="")
 
 
 def _values(opened: Opened, rows: list[Row]) -> Table:

@@ -32,6 +32,7 @@ from .text import find_decoder
 HELP = "summary of a saved experience buffer, its questions, or one of them with its completions"
 BAR_WIDTH = 40
 _LIMIT = 20
+_LARGEST_GROUP = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +176,9 @@ def _bucket_table(sizes: dict[str, int], group_size: int) -> Table:
     table.add_column("questions", justify="right")
     table.add_column("")
     largest = max(sizes.values())
-    for bucket in sorted({*map(int, sizes), *range(1, group_size)}):
+    # Of groups that nobody generates, the empty ones would go on for pages.
+    empty = range(1, group_size) if group_size <= _LARGEST_GROUP else ()
+    for bucket in sorted({*map(int, sizes), *empty}):
         size = sizes.get(str(bucket), 0)
         # A bucket that is not empty must not look empty.
         bar = "#" * max(round(BAR_WIDTH * size / largest), size > 0)
