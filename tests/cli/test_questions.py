@@ -253,7 +253,7 @@ def test_without_a_tokenizer(run_of, command, tmp_path):
     assert "has 1 tokens, but" in error
     (tmp_path / "tokenizer.json").write_text("{")
     error = command("show", "alone", "--question", row["question"], "--tokenizer", "tokenizer.json", code=1)
-    assert "tokenizer.json cannot be read" in error
+    assert "tokenizer.json cannot be used" in error
     assert "none.json" in command("show", "alone", "--list", "--tokenizer", "none.json", code=1)
     # A damaged one in a checkpoint is no reason to show nothing.
     ExperienceBuffer.load(run_of("ids")).save(tmp_path / "experience_buffer")

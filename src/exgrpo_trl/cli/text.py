@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,10 @@ class Decoder:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        try:
+        with self._trusting_nobody():
             from tokenizers import Tokenizer
 
             self._tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # what Rust panics with is no Exception
-            raise ExperienceBufferError(
-                f"The tokenizer {file} cannot be read ({type(error).__name__}: {str(error)[:200]}). Name another one "
-                "with --tokenizer."
-            ) from error
 
     @property
     def num_tokens(self) -> int:
@@ -49,7 +43,8 @@ class Decoder:
 
     def texts(self, all_ids: Iterable[Sequence[int]]) -> list[str]:
         """Completions as reward functions saw them, without special tokens."""
-        return self._tokenizer.decode_batch([list(ids) for ids in all_ids], skip_special_tokens=True)
+        with self._trusting_nobody():
+            return self._tokenizer.decode_batch([list(ids) for ids in all_ids], skip_special_tokens=True)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """
@@ -71,7 +66,21 @@ class Decoder:
         return pieces
 
     def _whole(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False) if len(ids) else ""
+        with self._trusting_nobody():
+            return self._tokenizer.decode(list(ids), skip_special_tokens=False) if len(ids) else ""
+
+    @contextmanager
+    def _trusting_nobody(self) -> Iterator[None]:
+        """Turn whatever the file of a stranger makes the library do into an error."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # what Rust panics with is no Exception
+            raise ExperienceBufferError(
+                f"The tokenizer {self.file} cannot be used ({type(error).__name__}: {str(error)[:200]}). Name another "
+                "one with --tokenizer."
+            ) from error
 
 
 def find_decoder(opened: Opened, given: Path | None) -> tuple[Decoder | None, str]:
