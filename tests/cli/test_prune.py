@@ -108,8 +108,8 @@ def test_a_pruned_checkpoint_resumes(run_folder, command, tmp_path, kind):
     trainer = new_trainer(run, kind, max_steps=8, save_steps=8)
     load = trainer.replayer.load
 
-    def watched(load_buffer):
-        load(load_buffer)
+    def watched(*arguments):
+        load(*arguments)
         seen.append((tokens(trainer.experience_buffer), trainer.replayer.metrics.tokens_saved))
 
     trainer.replayer.load = watched
