@@ -133,7 +133,9 @@ def experiences_from_table(
 
 def row_groups(file: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     """
-    Row groups of a Parquet file whose layout was checked, see [`layout_of`]; the next one is read while its user is busy.
+    Row groups of a Parquet file whose layout was checked, see [`layout_of`].
+
+    The next one is read while its user is busy with this one.
 
     Raises:
         ValueError: if the file has other columns.
