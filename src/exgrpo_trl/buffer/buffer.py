@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
@@ -529,6 +529,55 @@ class ExperienceBuffer:
         fill_from_dataset(buffer, dataset, group_size)
         buffer.set_limits(capacity=buffer.capacity, max_completions_per_question=buffer.max_completions_per_question)
         return buffer
+
+    @classmethod
+    def merge(
+        cls, buffers: Sequence[ExperienceBuffer], *, names: Sequence[str] | None = None, **limits: int | None
+    ) -> ExperienceBuffer:
+        """
+        A new buffer of what several buffers hold; they stay as they are.
+
+        The first buffer comes first: its limits, `retire_solved` and generator are taken over, and the first one that
+        holds a question decides its row and its bucket. Of a question that several hold, the completions go by policy
+        version, and those with the same tokens are there once, with the record of the oldest. A question that retired
+        in one of them is retired, also where another one holds completions of it: these are left out. `replay_state`
+        is dropped, as it belongs to one run.
+
+        Args:
+            buffers (`Sequence[ExperienceBuffer]`):
+                The buffers. Their unit, group size and provenance must agree, as far as they tell. Of the chat
+                template that is not asked where all completions know the tokens of their prompt.
+            names (`Sequence[str]`, *optional*):
+                What messages call them.
+            **limits:
+                `capacity` and `max_completions_per_question`, in the place of those of the first; `None` for no limit.
+
+        Raises:
+            ExperienceBufferError: if they do not agree, or a question id belongs to two prompts.
+            TypeError: if a limit has another name.
+            ValueError: if there is no buffer, or a limit is below 1 or could never hold a group.
+        """
+        from .merging import merged
+
+        return merged(buffers, names or [f"{index}" for index in range(1, len(buffers) + 1)], limits)
+
+    def set_aside(self, is_chosen: Callable[[Question, int, Experience], bool]) -> ExperienceBuffer:
+        """
+        Move completions into a new buffer without limits, with their records; they count as evicted.
+
+        With `unit="group"` a whole group leaves if one of its completions is chosen. [`~ExperienceBuffer.merge`] of
+        both brings them back.
+
+        Args:
+            is_chosen (`Callable[[Question, int, Experience], bool]`):
+                Whether a completion leaves, from its question, bucket and itself.
+
+        Returns:
+            [`ExperienceBuffer`]: what left.
+        """
+        from .merging import set_aside
+
+        return set_aside(self, is_chosen)
 
     def _stored(self, question_id: str) -> StoredQuestion:
         try:
