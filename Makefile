@@ -22,13 +22,14 @@ RELEASES ?=
 # What `make test-main` takes the place of releases by.
 VENV_MAIN ?= .venv-main
 MAIN ?= $(addprefix git+https://github.com/huggingface/,trl transformers accelerate)
+FUZZ_INPUTS ?= 100000
 PIP_OPTIONS ?= --quiet --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help train train-agent train-vision test test-oldest test-vllm test-matrix test-main environments precommit format bench docs clean
+.PHONY: help train train-agent train-vision test test-oldest test-vllm test-matrix test-main fuzz environments precommit format bench docs clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +65,9 @@ test-matrix: $(VENV)/.dev $(VENV)/.example  ## Run what has to hold on all relea
 
 test-main: $(VENV_MAIN)/.dev  ## Run the same with the main branches of TRL, transformers and accelerate
 	$(VENV_MAIN)/bin/python -m pytest tests/end_to_end --contract $(PYTEST_OPTIONS)
+
+fuzz: $(VENV)/.dev  ## Load 100,000 hostile buffers and datasets; FUZZ_INPUTS=... for another number
+	$(VENV)/bin/python tests/buffer/fuzz.py --inputs $(FUZZ_INPUTS)
 
 environments: $(VENV)/.dev $(VENV_OLDEST)/.dev $(VENV_VLLM)/.dev  ## Create all environments of the tests
 

@@ -64,7 +64,8 @@ def test_py_typed_is_shipped() -> None:
 
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
-    "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer", "cli",
+    "errors", "saved_state", "images", "value_codecs", "values", "rollout_details", "records", "examples",
+    "strategies", "buffer", "cli",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
     "compatibility", "asking", "replayer", "filling", "generation", "trainer",

@@ -1,6 +1,7 @@
 """Batches planned and collected without a trainer: what is drawn, scored, chosen, stored, evicted and retired."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 from datasets import Dataset
 from rules import LeastReplayed
 
-from exgrpo_trl import ExGRPOConfig, Experience, ExperienceBuffer, Question, question_id_of
+from exgrpo_trl import (
+    ExGRPOConfig,
+    Experience,
+    ExperienceBuffer,
+    ExperienceBufferError,
+    Question,
+    question_id_of,
+)
 from exgrpo_trl.dataset import DroppedQuestions
 from exgrpo_trl.processes import Processes
 from exgrpo_trl.prompts import Prompts
@@ -186,6 +194,43 @@ def test_state_of_a_version_without_strategies():
     state["replayer"]["tokens_saved"] = 77
     replayer.load_state_dict(json.loads(json.dumps(state)))
     assert replayer.metrics.tokens_saved == 77
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        (None, "replayer", ...),
+        (None, "replayer", [1]),
+        (None, "state_version", "2"),
+        (None, "strategies", 5),
+        (None, "coverage", ...),
+        ("replayer", "is_started", "yes"),
+        ("replayer", "tokens_saved", 10**30),
+        ("replayer", "version_offset", -1),
+        ("replayer", "best_reward", math.inf),
+        ("replayer", "num_batches_without_success", []),
+        ("replayer", "rng", {"bit_generator": "PCG64", "state": {"state": -1, "inc": 1}}),
+        ("dropped_questions", "epoch", 1.5),
+        ("dropped_questions", "num_retired", None),
+        ("success_rule", "judges", ["ab"]),
+        ("success_rule", "judges", [[["a"]]]),
+        ("coverage", "unseen", [1]),
+        ("coverage", "is_on", 1),
+        ("pacing", "carried", "0"),
+        ("pacing", "last_replayed", {"q0": math.nan}),
+    ],
+)
+def test_a_malformed_state_is_the_one_error(part, name, value):
+    """A checkpoint may be a stranger's, and nothing of it may fail later."""
+    state = json.loads(json.dumps(make_replayer().state_dict()))
+    owner = state if part is None else state[part]
+    owner[name] = value
+    if value is ...:
+        del owner[name]
+    buffer = filled_buffer()
+    buffer.replay_state = state
+    with pytest.raises(ExperienceBufferError, match=rf"metadata.json, `replay_state`.*`({name}|has_uint32|state|q0)`"):
+        make_replayer(ExperienceBuffer(group_size=K)).load(lambda: buffer)
 
 
 def test_a_stateful_sampler_observes_reports_and_is_saved(tmp_path):

@@ -18,6 +18,7 @@ from .coverage import deal
 from .examples import encode_example, row_question_id
 from .images import referenced
 from .questions import TrainingQuestions
+from .saved_state import count_of, count_or_none_of
 
 logger = logging.get_logger(__name__)
 
@@ -137,7 +138,7 @@ class DroppedQuestions:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.epoch, self.num_retired = state["epoch"], state["num_retired"]
+        self.epoch, self.num_retired = count_or_none_of(state, "epoch"), count_of(state, "num_retired")
 
 
 class ActiveQuestionSampler(Sampler[int]):

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from .batch import Batch
 from .buffer import ReplayBuffer
 from .config import ExGRPOConfig
+from .saved_state import count_or_none_of, number_of
 from .success import SuccessRule
 
 logger = logging.get_logger(__name__)
@@ -153,5 +154,5 @@ class Notices:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.best_reward = -np.inf if state["best_reward"] is None else state["best_reward"]
-        self.num_batches_without_success = state["num_batches_without_success"]
+        self.best_reward = -np.inf if state.get("best_reward", 0) is None else number_of(state, "best_reward")
+        self.num_batches_without_success = count_or_none_of(state, "num_batches_without_success")

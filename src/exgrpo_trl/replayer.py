@@ -13,6 +13,8 @@ from transformers.utils import logging
 
 from .batch import COLUMNS, IDENTITY, Batch, Share
 from .buffer import RemoteBuffer, ReplayBuffer
+from .buffer.boundary import reading_state
+from .buffer.metadata_checks import check_rng
 from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
 from .coverage import Coverage
@@ -29,6 +31,7 @@ from .questions import Replayable, TrainingQuestions
 from .records import Experience, Question, Replay, Scores
 from .reuse import settle
 from .rows import checksum
+from .saved_state import count_of, flag_of, part_of
 from .scoring import Prompted, score_candidates, without_images
 from .selection import Selection
 from .strategies import Strategies
@@ -457,7 +460,8 @@ class Replayer:
             self.buffer = load_buffer()
             state: Mapping[str, Any] = self.buffer.replay_state
             if state:
-                self.load_state_dict(state)
+                with reading_state():
+                    self.load_state_dict(state)
                 self._examine_buffer()
             else:  # a buffer that was saved by hand
                 self._begin_training()
@@ -487,17 +491,24 @@ class Replayer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, or what a version before that did."""
-        mine = state["replayer"]
-        self.is_started = mine["is_started"]
-        self.metrics.tokens_saved = mine["tokens_saved"]
-        self.rng.bit_generator.state = mine["rng"]
-        self._version_offset = mine["version_offset"]
+        """
+        Restore what `state_dict` returned, or what a version before that did.
+
+        Raises:
+            ValueError: if it is not such a state; a strategy may raise what it likes.
+        """
+        mine = part_of(state, "replayer")
+        rng = part_of(mine, "rng")
+        check_rng(rng)
+        self.is_started = flag_of(mine, "is_started")
+        self.metrics.tokens_saved = count_of(mine, "tokens_saved")
+        self.rng.bit_generator.state = rng
+        self._version_offset = count_of(mine, "version_offset")
         self.notices.load_state_dict(mine)
-        self.dropped_questions.load_state_dict(state["dropped_questions"])
-        if state.get("state_version", 1) >= 2:
-            self.strategies.load_state_dict(state["strategies"])
-            self.success_rule.load_state_dict(state["success_rule"])
-            self.coverage.load_state_dict(state["coverage"])
+        self.dropped_questions.load_state_dict(part_of(state, "dropped_questions"))
+        if "state_version" in state and count_of(state, "state_version") >= 2:
+            self.strategies.load_state_dict(part_of(state, "strategies"))
+            self.success_rule.load_state_dict(part_of(state, "success_rule"))
+            self.coverage.load_state_dict(part_of(state, "coverage"))
         if "pacing" in state:
-            self.pacing.load_state_dict(state["pacing"])
+            self.pacing.load_state_dict(part_of(state, "pacing"))

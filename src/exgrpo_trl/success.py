@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from .saved_state import lists_of_texts_of
+
 logger = logging.get_logger(__name__)
 
 WEIGHTED_SUM = "weighted_sum"
@@ -148,7 +150,7 @@ class SuccessRule:
         """Restore what `state_dict` returned; reward functions that are gone are forgotten."""
         self._known = {
             frozenset(self.names.index(name) for name in names)
-            for names in state["judges"]
+            for names in lists_of_texts_of(state, "judges")
             if set(names) <= set(self.names)
         }
 
