@@ -16,7 +16,6 @@ from .compatibility import GENERATING, naming_overrides, overridden, wrapped, wr
 from .filling import filling
 from .processes import Processes
 from .prompts import images_of
-from .records import Scores
 from .replayer import Replayer
 from .rewards import keeping_stored
 from .rollouts import Rollouts
@@ -260,7 +259,7 @@ class GenerationHooks(GRPOTrainer):
         batch.forwards.append((outputs[0], outputs[1]))
         return outputs
 
-    def _score(self, prompted: Sequence[Prompted]) -> list[Scores]:
+    def _score(self, prompted: Sequence[Prompted], of_rows: Callable[..., list[Any]] = score_completions) -> list[Any]:
         prompted = [Prompted(*of_one) for of_one in prompted]  # pairs of prompt and completion will do
         pixels: dict[str, Any] = {}
         if any(of_one.row is not None for of_one in prompted):
@@ -274,7 +273,7 @@ class GenerationHooks(GRPOTrainer):
             )[:2]
 
         with evaluating(self.model):
-            scores = score_completions(
+            scores = of_rows(
                 prompted, forward, pad_token_id=self._text_tokenizer.pad_token_id, device=self.accelerator.device
             )
         reshard(self.model)
