@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather, send_to_device
@@ -16,6 +16,7 @@ from .compatibility import GENERATING, naming_overrides, overridden, wrapped, wr
 from .filling import filling
 from .processes import Processes
 from .prompts import images_of
+from .records import Scores
 from .replayer import Replayer
 from .rewards import keeping_stored
 from .rollouts import Rollouts
@@ -25,6 +26,8 @@ from .rollouts.multi_turn import EvenTurns, put_stored_rollouts, snapshot
 from .rollouts.vllm import correct_fresh_only
 from .rows import lacks_images, loss_mask
 from .scoring import Prompted, evaluating, reshard, score_completions
+
+T = TypeVar("T")
 
 logger = logging.get_logger(__name__)
 
@@ -259,7 +262,11 @@ class GenerationHooks(GRPOTrainer):
         batch.forwards.append((outputs[0], outputs[1]))
         return outputs
 
-    def _score(self, prompted: Sequence[Prompted], of_rows: Callable[..., list[Any]] = score_completions) -> list[Any]:
+    def _score(self, prompted: Sequence[Prompted]) -> list[Scores]:
+        return self._scored(prompted, score_completions)
+
+    def _scored(self, prompted: Sequence[Prompted], of_rows: Callable[..., list[T]]) -> list[T]:
+        """What `of_rows` makes of a forward of the present policy over prompts and completions."""
         prompted = [Prompted(*of_one) for of_one in prompted]  # pairs of prompt and completion will do
         pixels: dict[str, Any] = {}
         if any(of_one.row is not None for of_one in prompted):

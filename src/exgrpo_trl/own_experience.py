@@ -104,7 +104,7 @@ def score_experience(
                 functools.partial(_prompted, waiting, start, start + step),
             )
             with trainer.accelerator.autocast():  # as in the training forward, before the model is prepared for it
-                score = functools.partial(trainer._score, of_rows=score_tokens)
+                score = functools.partial(trainer._scored, of_rows=score_tokens)
                 scored = score_candidates(prompted, score, processes, batch_size)
             scores |= {waiting[start + number].row: of_one for number, of_one in scored.items()}
             bar.update(len(prompted))

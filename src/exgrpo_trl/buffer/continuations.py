@@ -94,6 +94,8 @@ class Continuations:
         return results
 
     def _text(self, prompt: Any, completion: Any) -> _Text:
+        if completion is None:
+            raise ValueError("it has no completion")
         if isinstance(completion, str):
             if not completion:
                 raise ValueError("its completion is empty")
