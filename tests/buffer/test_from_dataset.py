@@ -199,6 +199,7 @@ def test_whole_groups():
 def test_limits_hold():
     buffer = imported(*(own(completion=text) for text in ("abc", "def", "ghi")), max_completions_per_question=2)
     assert len(buffer) == 2
+    assert (buffer.import_report.num_stored, buffer.import_report.num_evicted) == (3, 1)
 
 
 def test_what_is_no_dataset_of_completions():

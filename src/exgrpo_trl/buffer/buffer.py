@@ -574,6 +574,8 @@ class ExperienceBuffer:
         if not fill_from_own_rows(buffer, dataset, group_size, own):
             fill_from_dataset(buffer, dataset, group_size)
         buffer.set_limits(capacity=buffer.capacity, max_completions_per_question=buffer.max_completions_per_question)
+        if buffer.import_report is not None:
+            buffer.import_report = buffer.import_report._replace(num_evicted=buffer.num_evicted)
         return buffer
 
     def _stored(self, question_id: str) -> StoredQuestion:
