@@ -181,7 +181,7 @@ def test_the_state_survives_json_and_decides_what_comes_next():
     copied = ExperienceBuffer.from_dataset(whole.buffer.to_dataset(), group_size=K)
     copied.rng.bit_generator.state = whole.buffer.rng.bit_generator.state
     copied.replay_state = state
-    resumed.load(lambda: copied)
+    resumed.load(lambda: copied, "copied")
     assert resumed.state_dict() == whole.state_dict()
     assert run(resumed, range(3, 8)) == run(whole, range(3, 8))
     assert resumed.state_dict() == whole.state_dict()
@@ -229,8 +229,10 @@ def test_a_malformed_state_is_the_one_error(part, name, value):
         del owner[name]
     buffer = filled_buffer()
     buffer.replay_state = state
-    with pytest.raises(ExperienceBufferError, match=rf"metadata.json, `replay_state`.*`({name}|has_uint32|state|q0)`"):
-        make_replayer(ExperienceBuffer(group_size=K)).load(lambda: buffer)
+    with pytest.raises(
+        ExperienceBufferError, match=rf"of a stranger .*metadata.json, `replay_state`.*`({name}|has_uint32|state|q0)`"
+    ):
+        make_replayer(ExperienceBuffer(group_size=K)).load(lambda: buffer, "of a stranger")
 
 
 def test_a_stateful_sampler_observes_reports_and_is_saved(tmp_path):
@@ -244,7 +246,7 @@ def test_a_stateful_sampler_observes_reports_and_is_saved(tmp_path):
     assert replayer.log_metrics()["replay/most_replayed"] == 1
     replayer.save(str(tmp_path))
     resumed = make_replayer(question_sampler=LeastReplayed(), **options)
-    resumed.load(lambda: ExperienceBuffer.load(tmp_path / "experience_buffer"))
+    resumed.load(lambda: ExperienceBuffer.load(tmp_path / "experience_buffer"), "saved")
     assert resumed.strategies.question_sampler.counts == replayer.strategies.question_sampler.counts
     assert sum(resumed.strategies.question_sampler.counts.values()) == 6
 

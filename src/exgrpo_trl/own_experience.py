@@ -12,7 +12,8 @@ from transformers.utils import logging
 from .buffer.as_dataset import check_is_dataset
 from .buffer.bringing import Item, choose, num_evicted, report_on, store
 from .buffer.continuations import Continuations
-from .buffer.own_rows import OWN_COLUMNS, OwnRow, Rules, read_own_rows
+from .buffer.own_checks import Rules
+from .buffer.own_rows import OWN_COLUMNS, OwnRow, read_own_rows
 from .buffer.report import ExperienceReport, RefusedRow
 from .examples import question_id_of, question_of_row, with_prompt
 from .questions import TrainingQuestions

@@ -454,13 +454,18 @@ class Replayer:
 
         self.processes.decide("saving the experience buffer", save)
 
-    def load(self, load_buffer: Callable[[], ReplayBuffer]) -> None:
+    def load(self, load_buffer: Callable[[], ReplayBuffer], source: str) -> None:
         """
         Replace the buffer, and go on with the state that it was saved with.
 
         Args:
             load_buffer (`Callable`):
                 Loads the buffer. Called on the main process.
+            source (`str`):
+                Where it comes from, for messages.
+
+        Raises:
+            ExperienceBufferError: if the buffer, or the state that it was saved with, cannot be read.
         """
         self.batch, self._open = None, {}  # of the run before
 
@@ -468,7 +473,7 @@ class Replayer:
             self.buffer = load_buffer()
             state: Mapping[str, Any] = self.buffer.replay_state
             if state:
-                with reading_state():
+                with reading_state(source):
                     self.load_state_dict(state)
                 self._examine_buffer()
             else:  # a buffer that was saved by hand

@@ -482,7 +482,8 @@ class ExGRPOTrainer(GenerationHooks):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._is_replay_enabled and checkpoint is not None:
             check_batch_size(self._train_batch_size, self.args)
-            self.replayer.load(lambda: self._load_buffer(os.path.join(checkpoint, "experience_buffer")))
+            path = os.path.join(checkpoint, "experience_buffer")
+            self.replayer.load(lambda: self._load_buffer(path), path)
             self._buffered_inputs = None  # rows of a batch that a run before has left
         super()._load_optimizer_and_scheduler(checkpoint)
 

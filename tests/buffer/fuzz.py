@@ -10,7 +10,6 @@ import argparse
 import collections
 import os
 import random
-import resource
 import signal
 import sys
 import tempfile
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from hostile import hostile_buffer, hostile_table
 from hostile_use import stage_of, use, use_dataset
+from peak import peak_bytes
 
 # Of an input, all of them together: they are small.
 MOST_SECONDS, MOST_BYTES = 20.0, 2**30
@@ -91,11 +91,6 @@ def main():
         print(f"{count:8} {outcome}")
     print(f"{failures} failures of {arguments.inputs} inputs, at most {peak_bytes() / 2**20:.0f} MiB of memory")
     return 1 if failures else 0
-
-
-def peak_bytes():
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

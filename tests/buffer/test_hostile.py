@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import zlib
@@ -17,6 +16,7 @@ from hostile_use import show, use, use_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parquet_by_hand import BINARY, I32, I64, LIST, STRUCT, encoded, page, put, retired_file, varint
+from peak import peak_bytes
 from rewriting import LAYOUT, rewrite_metadata, seal
 
 from exgrpo_trl import Experience, ExperienceBuffer, ExperienceBufferError, Question, RolloutDetails, StoredImage
@@ -81,10 +81,6 @@ def assert_refused(path, name, reason):
     assert str(path) in str(caught.value)
     assert name in str(caught.value)
     assert peak_bytes() - before < 64 * MIB
-
-
-def peak_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def test_a_file_written_by_hand_is_read(path):
@@ -192,16 +188,16 @@ pq.write_table(table, path / "completions.parquet", compression="zstd", use_dict
 """,
 }
 MEASURED = """
-import resource, sys
-from pathlib import Path
+import sys
+sys.path.insert(0, sys.argv[2])
+from peak import peak_bytes
 from exgrpo_trl import ExperienceBuffer, ExperienceBufferError
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     ExperienceBuffer.load(sys.argv[1])
     print("loaded")
 except ExperienceBufferError as error:
     print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+print(peak_bytes())
 """
 
 
@@ -223,10 +219,38 @@ def test_small_files_that_become_large_are_refused_before_they_do(path, name):
     (path / "metadata.json").write_text(json.dumps(about))
     seal(path)
     assert sum(file.stat().st_size for file in path.iterdir()) < MIB
-    *printed, peak = run(MEASURED, path).splitlines()
+    *printed, peak = run(MEASURED, path, Path(__file__).parent).splitlines()
     assert "asks for more than 512 MiB of memory" in " ".join(printed)
     # What is decoded at a time is bounded, and so is what is parsed; Python, Arrow and NumPy are 120 MiB.
     assert int(peak) < 600 * MIB
+
+
+JUST_ALLOWED = {
+    "images": ("images.parquet", {"digest": [str(number) for number in range(60)], "content": [bytes(MIB)] * 60}),
+    "retired ids": ("retired.parquet", {"question_id": [f"{number:06d}" for number in range(350_000)]}),
+    "questions": (
+        "questions.parquet",
+        {
+            "question_id": ["q0", "q1", "q2"],
+            "example": ['{"prompt": "p", "b": [' + "[], " * 480_000 + "1]}", '{"prompt": "p"}', '{"prompt": "p"}'],
+            "bucket": [1, 1, 1],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JUST_ALLOWED)
+def test_what_is_allowed_stays_within_the_bound(path, name):
+    """A process takes at most three times of what is decoded. Here 64 MiB are, not 512: only the factor counts."""
+    file, columns = JUST_ALLOWED[name]
+    table = pa.table(columns).cast(pq.read_schema(path / file))
+    pq.write_table(table, path / file, **LAYOUT)
+    rewrite_metadata(path, lambda about: about["counts"].update(retired=len(table) if name == "retired ids" else 2))
+    seal(path)
+    allowing = "from exgrpo_trl.buffer import limits; limits.FREE_BYTES = 2**26\n"
+    *printed, peak = run(allowing + MEASURED, path, Path(__file__).parent).splitlines()
+    assert printed == ["loaded"]
+    assert int(peak) < 130 * MIB + 3.2 * 64 * MIB
 
 
 def test_what_compresses_too_well_is_written_without_compression(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def reading_dataset() -> Iterator[None]:
 
 
 @contextmanager
-def reading_state() -> Iterator[None]:
+def reading_state(source: str) -> Iterator[None]:
     """Turn what goes wrong with the state of a trainer in a buffer into the one error."""
     try:
         yield
@@ -57,7 +57,7 @@ def reading_state() -> Iterator[None]:
         raise
     except (*MALFORMED, AttributeError) as error:  # strategies read theirs as they like
         raise ExperienceBufferError(
-            "The experience buffer holds a state of replay that cannot be restored "
+            f"The experience buffer {source} holds a state of replay that cannot be restored "
             f"({METADATA_FILE}, `replay_state`): {reason_of(error)}. {RESUME_HINT}"
         ) from error
 

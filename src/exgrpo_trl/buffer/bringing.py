@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..records import Experience
-from .own_rows import OwnRow, Rules, inner_bucket
+from .own_checks import Rules, inner_bucket
+from .own_rows import OwnRow
 from .protocol import ReplayBuffer
 from .report import ExperienceReport, RefusedRow
 from .settings import GROUP

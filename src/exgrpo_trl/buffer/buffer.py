@@ -485,7 +485,7 @@ class ExperienceBuffer:
         Load a saved buffer, which goes on exactly as the saved one would have.
 
         The files may be a stranger's. They are data: nothing of them is executed, and nothing is written. What they
-        decode to is bounded, whatever sizes they declare: by 256 times their size, or by 512 MiB where that is more.
+        decode to is bounded, whatever sizes they declare: by 64 times their size, or by 512 MiB where that is more.
         Images are decoded when they are used.
 
         Args:

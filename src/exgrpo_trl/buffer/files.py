@@ -17,7 +17,7 @@ from .boundary import reading
 from .detail_columns import details_to_arrays
 from .disk import rename, sync
 from .image_files import example_to_text, read_images, write_images
-from .limits import Budget, json_bytes
+from .limits import Budget, json_bytes, row_bytes
 from .locations import find_buffer, hidden_names, resolved
 from .metadata import (
     COMPLETIONS_FILE,
@@ -99,7 +99,7 @@ def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer]) -> Buf
     Load a buffer that [`save_buffer`] wrote; it goes on exactly as the saved one would have.
 
     The files may come from a stranger: they are data, of which nothing is executed, and nothing is written. What they
-    decode to is bounded before it is decoded, by 256 times their size, or 512 MiB where that is more.
+    decode to is bounded before it is decoded, by 64 times their size, or 512 MiB where that is more.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -170,7 +170,10 @@ def _write_data(buffer: ExperienceBuffer, directory: Path, compression: str) -> 
         file.write_batch(pa.record_batch([pa.array(list(buffer.retired), pa.string())], schema=RETIRED_SCHEMA))
 
     budget = Budget(sum((directory / name).stat().st_size for name in DATA_FILES))
-    budget.spent = num_value_bytes + sum(layout_of(directory / name).num_bytes for name in DATA_FILES)
+    budget.spent = num_value_bytes
+    for name in DATA_FILES:
+        num_rows, num_bytes = layout_of(directory / name)
+        budget.spent += num_bytes + row_bytes(num_rows, is_id=name == RETIRED_FILE)
     return budget
 
 
@@ -221,6 +224,7 @@ def _checked_budget(directory: Path, names: Sequence[str], counts: Mapping[str, 
     for name in names:
         with reading(directory, name):
             layout = layout_of(directory / name, budget.spend)
+            budget.spend(row_bytes(layout.num_rows, is_id=name == RETIRED_FILE))
             expected = counts.get(name.removesuffix(".parquet"), layout.num_rows)
             if layout.num_rows != expected:
                 raise ValueError(f"it has {layout.num_rows} rows, but {METADATA_FILE} counts {expected}")

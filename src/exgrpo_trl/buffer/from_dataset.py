@@ -14,7 +14,8 @@ from .boundary import reading_dataset
 from .bringing import choose, report_on, store
 from .continuations import Continuations, tokenizer_fingerprint
 from .groups import whole_groups
-from .own_rows import LOGPS, OWN_COLUMNS, OwnRow, Rules, is_own, read_own_rows
+from .own_checks import LOGPS, Rules
+from .own_rows import OWN_COLUMNS, OwnRow, is_own, read_own_rows
 from .report import RefusedRow
 from .settings import GROUP, checked_count
 

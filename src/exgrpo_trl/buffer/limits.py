@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-# Real buffers decode to some tens of times their files at most. Those of a collapsed policy compress without a bound:
-# small ones fit into what is free, and large ones are written without compression.
+# Real buffers decode to 4 to 20 times their files. Those of a collapsed policy do to thousands: small ones fit into
+# what is free, and large ones are written without compression, which no JSON exceeds 35 times.
 FREE_BYTES = 2**29
-BYTES_PER_BYTE = 256
+BYTES_PER_BYTE = 64
 # What a JSON value takes as a Python object, about: an empty list, a number with its place.
 _BYTES_PER_VALUE = 64
+# What a row takes as Python objects besides what is in it: a question or completion with its places in all indices.
+_BYTES_PER_ROW = 512
+_BYTES_PER_ID = 160
 
 
 class Budget:
@@ -53,6 +56,11 @@ class Budget:
                 f"{self._num_file_bytes:,} bytes; at most {BYTES_PER_BYTE} times their size are read, or "
                 f"{FREE_BYTES // 2**20} MiB"
             )
+
+
+def row_bytes(num_rows: int, *, is_id: bool) -> int:
+    """What rows take as Python objects, about: questions, completions and images, or ids alone."""
+    return num_rows * (_BYTES_PER_ID if is_id else _BYTES_PER_ROW)
 
 
 def json_bytes(text: str) -> int:

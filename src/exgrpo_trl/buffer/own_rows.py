@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,62 +11,18 @@ from numpy.typing import NDArray
 
 from ..errors import ExperienceBufferError
 from ..images import images_in
-from ..records import MAX_LOG_PROBABILITY, MAX_TOKEN_ID, MIN_LOG_PROBABILITY, Question, as_integer
+from ..records import Question
 from .continuations import Continuations
+from .own_checks import LOGPS, Rules, bucket_of, checked_ids, checked_logps, group_of, reward_of
 from .report import RefusedRow
-from .settings import COMPLETION, GROUP, checked_count
+from .settings import GROUP
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOGPS = "behavior_per_token_logps"
 # What a row says of its completion; the others are those of its question.
 OWN_COLUMNS = frozenset({"completion", "completion_ids", "reward", LOGPS, "num_correct", "group_size", "group"})
 _ROWS_AT_ONCE = 256
-
-
-@dataclass(frozen=True)
-class Rules:
-    """
-    What rows must be to be stored.
-
-    Args:
-        group_size (`int`):
-            Completions per question at training time (K).
-        unit (`str`):
-            What the buffer keeps: `"completion"` or `"group"`.
-        success_threshold (`float`):
-            Reward from which a completion is a success.
-        bucket (`int`, *optional*):
-            Bucket of questions whose pass rate the rows do not tell. By default the middle one.
-        max_completion_length (`int`, *optional*):
-            Most tokens of a completion.
-        max_length (`int`, *optional*):
-            Most tokens of prompt and completion.
-        vocab_size (`int`, *optional*):
-            Number of tokens that the model knows.
-
-    Raises:
-        ValueError: if the bucket is out of range, or the threshold is NaN.
-    """
-
-    group_size: int
-    unit: str = COMPLETION
-    success_threshold: float = 1.0
-    bucket: int | None = None
-    max_completion_length: int | None = None
-    max_length: int | None = None
-    vocab_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.bucket is not None:
-            checked_count("bucket", self.bucket, self.group_size)
-        if math.isnan(self.success_threshold):
-            raise ValueError("`success_threshold` must be a number, got NaN.")
-
-    def is_success(self, reward: float) -> bool:
-        """Whether a reward counts as a success; as in training, a difference of float32 is none."""
-        return reward >= self.success_threshold - 1e-6 * max(1.0, abs(self.success_threshold))
 
 
 @dataclass(slots=True)
@@ -186,14 +141,14 @@ def _found(
                 raise ValueError("it has no prompt")
             if any(images_in(question.example)):
                 raise ValueError("its question shows images, which completions from elsewhere are not stored for")
-            reward = _reward_of(content)
+            reward = reward_of(content)
             found[number] = OwnRow(
                 number,
                 question,
                 reward,
                 rules.is_success(reward),
-                _bucket_of(content, rules),
-                _group_of(content),
+                bucket_of(content, rules),
+                group_of(content),
                 None,
                 np.zeros(0, np.int64),
                 None,
@@ -201,36 +156,6 @@ def _found(
         except (TypeError, ValueError, KeyError) as error:
             found[number] = error
     return found
-
-
-def _reward_of(content: Mapping[str, Any]) -> float:
-    reward = content["reward"]
-    is_number = isinstance(reward, int | float) and not isinstance(reward, complex)
-    if not is_number or not math.isfinite(reward):
-        raise ValueError(f"its reward is {reward!r}, not a finite number")
-    return float(reward)
-
-
-def _bucket_of(content: Mapping[str, Any], rules: Rules) -> int | None:
-    """Bucket of a question by its pass rate, which another policy had: never solved always, never solved never."""
-    num_correct = content.get("num_correct")
-    if num_correct is None:
-        return None
-    size = content.get("group_size")
-    size = rules.group_size if size is None else as_integer("group_size", size)
-    if size < 1:
-        raise ValueError(f"its group_size is {size}")
-    return inner_bucket(checked_count("num_correct", num_correct, size) / size, rules.group_size)
-
-
-def inner_bucket(pass_rate: float, group_size: int) -> int:
-    """The bucket of a pass rate, from 1 to `group_size - 1`."""
-    return max(1, min(group_size - 1, round(pass_rate * group_size)))
-
-
-def _group_of(content: Mapping[str, Any]) -> int | None:
-    group = content.get("group")
-    return None if group is None else as_integer("group", group)
 
 
 def _render_prompts(
@@ -259,6 +184,7 @@ def _with_tokens(
     continuations: Continuations | None,
 ) -> Iterator[tuple[int, OwnRow | Exception]]:
     """The rows with their tokens, or what is wrong with these."""
+    ends = () if continuations is None else continuations.eos_token_ids
     is_text = {number for number in found if contents[number].get("completion_ids") is None}
     ids: dict[int, Any] = {n: contents[n]["completion_ids"] for n in found if n not in is_text}
     to_tokenize: dict[int, tuple[Any, list[int], Any]] = {}
@@ -278,50 +204,8 @@ def _with_tokens(
             if isinstance(completion, ValueError):
                 raise completion
             of_one.prompt_ids = prompt if isinstance(prompt, list) else None
-            of_one.token_ids = _checked_ids(completion, of_one.prompt_ids, rules, continuations)
-            of_one.logps = _checked_logps(contents[number].get(LOGPS), len(of_one.token_ids))
+            of_one.token_ids = checked_ids(completion, len(of_one.prompt_ids or ()), rules, ends)
+            of_one.logps = checked_logps(contents[number].get(LOGPS), len(of_one.token_ids))
             yield number, of_one
         except (TypeError, ValueError) as error:
             yield number, error
-
-
-def _checked_ids(
-    completion: Any, prompt_ids: list[int] | None, rules: Rules, continuations: Continuations | None
-) -> NDArray[np.int64]:
-    ids = np.asarray(completion)
-    if not ids.size:
-        raise ValueError("its completion is empty")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError("its completion_ids are not a list of integers")
-    ids = ids.astype(np.int64)
-    most = MAX_TOKEN_ID if rules.vocab_size is None else rules.vocab_size - 1
-    if ids.min() < 0 or ids.max() > most:
-        outside = ids[(ids < 0) | (ids > most)][0]
-        raise ValueError(f"its token id {outside} is outside of the vocabulary (0..{most})")
-    of_end = [] if continuations is None else list(continuations.eos_token_ids)
-    if len(ends := np.flatnonzero(np.isin(ids[:-1], of_end))):
-        raise ValueError(f"an end token is inside its completion, as token {ends[0] + 1} of {len(ids)}")
-    if rules.max_completion_length is not None and len(ids) > rules.max_completion_length:
-        raise ValueError(
-            f"its completion has {len(ids)} tokens, more than max_completion_length={rules.max_completion_length}"
-        )
-    total = len(ids) + len(prompt_ids or ())
-    if rules.max_length is not None and total > rules.max_length:
-        raise ValueError(f"its prompt and completion have {total} tokens, and the model takes {rules.max_length}")
-    return ids
-
-
-def _checked_logps(given: Any, num_tokens: int) -> NDArray[np.float32] | None:
-    """Log-probabilities of each token; a single number is that of every one."""
-    if given is None:
-        return None
-    logps = np.asarray(given)
-    if logps.dtype.kind not in "fiu":
-        raise ValueError(f"its {LOGPS} are not numbers")
-    if logps.ndim == 0:
-        logps = np.full(num_tokens, logps)
-    if logps.shape != (num_tokens,):
-        raise ValueError(f"it has {logps.size} log-probabilities for {num_tokens} tokens")
-    if not ((logps >= MIN_LOG_PROBABILITY) & (logps <= MAX_LOG_PROBABILITY)).all():
-        raise ValueError(f"its {LOGPS} are not finite and at most 0")
-    return logps.astype(np.float32)
