@@ -510,9 +510,14 @@ def test_the_examples_of_the_docs(tmp_path, monkeypatch, capsys):
 # Several processes
 
 
-def score_and_train(mode, options, folder, lora, during):
+def seeded_trainer(folder, **options):
+    model = tiny_model()  # to make it draws random numbers, the first time
     torch.manual_seed(0)  # of the adapters
-    trainer = make_trainer(
+    return make_trainer(folder, model=model, **options)
+
+
+def score_and_train(mode, options, folder, lora, during):
+    trainer = seeded_trainer(
         folder,
         max_steps=2,
         per_device_train_batch_size=4,
@@ -564,8 +569,7 @@ def test_two_processes_do_what_one_does(tmp_path, mode, lora):
     assert ranks[0]["report"] == ranks[1]["report"]
     assert "7 of 8 rows are stored" in ranks[0]["report"]
     assert ranks[0]["ratio"] == pytest.approx(1, abs=1e-4)
-    torch.manual_seed(0)
-    single = make_trainer(tmp_path / "single", peft_config=lora_config() if lora else None)
+    single = seeded_trainer(tmp_path / "single", peft_config=lora_config() if lora else None)
     rows = traces(texts=["abc", "de", "f", "ghijk", "", "l", "mn", "opqrst"])
     assert str(single.score_experience(rows)) == ranks[0]["report"]
     assert len(ranks[0]["found"]) == 7
