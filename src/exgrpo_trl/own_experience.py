@@ -47,6 +47,7 @@ def score_experience(
     """
     _check_trainer(trainer)
     check_is_dataset(dataset)
+    trainer._follow_dataset()
     args, replayer, processes = trainer.args, trainer.replayer, trainer._processes
     text_config = trainer.model.config.get_text_config()
     rules = Rules(

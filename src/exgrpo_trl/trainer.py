@@ -244,6 +244,10 @@ class ExGRPOTrainer(GenerationHooks):
             logger.warning(questions.told)
         return questions
 
+    def _follow_dataset(self) -> None:
+        if self.train_dataset is not self._questions_of:  # assigned since, for another phase of a curriculum
+            self.replayer.bind(self._training_questions())
+
     # What an IDE or a notebook shows: TRL's arguments, whichever they are in the installed release, and ours.
     __init__.__signature__ = _signature(__init__)  # type: ignore[attr-defined]
 
@@ -438,8 +442,7 @@ class ExGRPOTrainer(GenerationHooks):
                     resume_from_checkpoint, self.args.output_dir, trains_adapter=is_peft_model(self.model)
                 ),
             )
-        if self.train_dataset is not self._questions_of:  # assigned since, for another phase of a curriculum
-            self.replayer.bind(self._training_questions())
+        self._follow_dataset()
         self.replayer.begin_training()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.replayer.finish()

@@ -20,7 +20,7 @@ from agents import (
     skip_unless_able,
     tool_dataset,
 )
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from packaging.version import Version
 from ranks import assert_engaged, run_ranks, skip_unless_trainable
 from tiny import (
@@ -270,6 +270,17 @@ def test_rows_that_share_a_prompt_need_their_columns(tmp_path):
         "{'prompt': 'a', 'answer': 1}",
         "{'prompt': 'b', 'answer': 0}",
     ]
+
+
+def test_a_dataset_that_was_assigned_since(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train_dataset = Dataset.from_dict({"prompt": [f"other {i}" for i in range(8)]})
+    report = trainer.score_experience(concatenate_datasets([traces(trainer.train_dataset), traces()]))
+    assert [row for row, _ in report.refused] == list(range(8, 16))
+    replayed = Replayed().bind(trainer)
+    trainer.train()
+    assert all(experience.is_scored for experience in replayed.steps[0])
+    assert len(replayed.steps[0]) == 2
 
 
 def test_what_the_policy_rules_out_is_refused(tmp_path):
