@@ -20,7 +20,7 @@ class Coverage:
     """
 
     def __init__(self) -> None:
-        self.is_on = False
+        self.is_on: bool = False
         self._unseen: dict[str, None] = {}
         self._unseen_at_epoch: list[str] = []
 

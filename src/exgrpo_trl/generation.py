@@ -29,7 +29,7 @@ from .scoring import Prompted, evaluating, reshard, score_completions
 
 T = TypeVar("T")
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 
 def _after(first: Callable[[], None], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from .config import ExGRPOConfig
 from .saved_state import count_or_none_of, number_of
 from .success import SuccessRule
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 # Generation batches without a success, or below the pass rate of the delayed start, after which that is said.
 _PATIENCE = 10
@@ -34,7 +34,7 @@ class Notices:
     def __init__(self, args: ExGRPOConfig, rule: SuccessRule, *, requires_success: bool) -> None:
         self.args = args
         self.rule = rule
-        self.best_reward = -np.inf
+        self.best_reward: float = -np.inf
         # None once a success was seen or the warning given; continuous rewards need none to be stored.
         needs_success = requires_success or args.replay_start_pass_rate is not None
         self.num_batches_without_success: int | None = 0 if needs_success else None

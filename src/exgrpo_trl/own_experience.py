@@ -21,7 +21,7 @@ from .records import UNKNOWN_PROMPT, Experience, Question, Reuse, prompt_hash
 from .rollout_details import RolloutDetails
 from .scoring import Prompted, TokenScores, score_candidates, score_tokens
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 # Batches of every process between two movements of the progress bar.
 _BATCHES_AT_ONCE = 8

@@ -38,7 +38,7 @@ from .strategies import Strategies
 from .strategies.admission import Admission
 from .success import SuccessRule
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 # A batch with positions in a micro-batch, and the rows of the batch that are there.
 TrainedRows = tuple[Batch, list[int], list[int]]
@@ -100,25 +100,25 @@ class Replayer:
         self.strategies = strategies
         self.processes = processes
         self.dropped_questions = dropped_questions
-        self.questions = questions
+        self.questions: TrainingQuestions = questions
         self.success_rule = success_rule
         self.prompts = prompts
         self.score = score
-        self.replayable = Replayable(questions, prompts.token_ids)
+        self.replayable: Replayable = Replayable(questions, prompts.token_ids)
         self.buffer = buffer
         self.batch: Batch | None = None
         self.num_losses = 0
-        self.is_stopped = False
-        self.coverage = Coverage()
-        self.pacing = Pacing(args)
+        self.is_stopped: bool = False
+        self.coverage: Coverage = Coverage()
+        self.pacing: Pacing = Pacing(args)
         self._open: dict[int, Batch] = {}  # batches whose rows may still be trained, by number
         self._num_planned = 0
-        self.rng = np.random.default_rng([args.seed, 1])  # a stream apart from the buffer's
-        self.metrics = ReplayMetrics()
-        self.is_started = args.replay_start_pass_rate is None
-        self.log_ratios = LogRatios()  # of this process, since the last log line
-        self.ratio_sums = RatioSums()  # of this process, since the last batch was collected
-        self.notices = Notices(args, success_rule, requires_success=strategies.admission.requires_success)
+        self.rng: np.random.Generator = np.random.default_rng([args.seed, 1])  # a stream apart from the buffer's
+        self.metrics: ReplayMetrics = ReplayMetrics()
+        self.is_started: bool = args.replay_start_pass_rate is None
+        self.log_ratios: LogRatios = LogRatios()  # of this process, since the last log line
+        self.ratio_sums: RatioSums = RatioSums()  # of this process, since the last batch was collected
+        self.notices: Notices = Notices(args, success_rule, requires_success=strategies.admission.requires_success)
         self._has_begun = False
         self._version_offset = 0
         self._num_drifted = 0  # candidates evicted since the last batch was collected

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .saved_state import lists_of_texts_of
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 WEIGHTED_SUM = "weighted_sum"
 
@@ -54,7 +54,7 @@ class SuccessRule:
         if list(names) != self.names:
             self.names, self._known = list(names), set()
             self._check_name()
-        self.weights = np.asarray(weights, dtype=float)
+        self.weights: np.ndarray = np.asarray(weights, dtype=float)
         self.threshold = threshold
 
     def _check_name(self) -> None:

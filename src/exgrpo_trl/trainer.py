@@ -68,7 +68,7 @@ def _path_or(buffer: Any, otherwise: str) -> str:
     return str(buffer) if isinstance(buffer, str | os.PathLike) else otherwise
 
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 
 class ExGRPOTrainer(GenerationHooks):
@@ -196,7 +196,7 @@ class ExGRPOTrainer(GenerationHooks):
         super().__init__(model, reward_funcs, args, *positional, **keywords)
 
         questions = self._training_questions()
-        self.replayer = Replayer(
+        self.replayer: Replayer = Replayer(
             buffer,
             args,
             strategies,

@@ -100,11 +100,11 @@ class ExperienceBuffer:
         self._check_limits(self._group_size, self._capacity, self._max_per_question)
         self._retire_solved = retire_solved
         self.eviction: EvictionFunction = Oldest()
-        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.rng: np.random.Generator = np.random.Generator(np.random.PCG64(seed))
         self.provenance: dict[str, Any] = {}
         self.replay_state: dict[str, Any] = {}
-        self.num_evicted = 0
-        self.num_duplicates = 0
+        self.num_evicted: int = 0
+        self.num_duplicates: int = 0
         self.import_report: ExperienceReport | None = None
         self._store = Store(StoredGroups if self._unit == GROUP else StoredCompletions)
         self._retired: dict[str, None] = {}

@@ -16,6 +16,7 @@ from ..images import StoredImage
 from .boundary import reading
 from .detail_columns import details_to_arrays
 from .disk import rename, sync
+from .garbage import without_collection
 from .image_files import example_to_text, read_images, write_images
 from .limits import Budget, json_bytes, row_bytes
 from .locations import find_buffer, hidden_names, resolved
@@ -94,6 +95,7 @@ def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+@without_collection()
 def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer]) -> Buffer:
     """
     Load a buffer that [`save_buffer`] wrote; it goes on exactly as the saved one would have.

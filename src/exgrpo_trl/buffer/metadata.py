@@ -131,8 +131,8 @@ def data_files(schema_version: int) -> tuple[str, ...]:
 
 def digests(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, int, str]]:
     """Name, size in bytes and SHA-256 of data files."""
-    # Large, as a thread waits for others with every block.
-    block = memoryview(bytearray(2**22))
+    # Large, as a thread waits for others with every block; NumPy's memory costs what is used of it.
+    block = np.empty(2**25, np.uint8).data
     for name in names:
         digest, size = hashlib.sha256(), 0
         with open(directory / name, "rb", buffering=0) as file:

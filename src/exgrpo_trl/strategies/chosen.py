@@ -20,7 +20,7 @@ from .weighting import REPLAY_WEIGHTINGS, ReplayWeighting
 if TYPE_CHECKING:
     from ..config import ExGRPOConfig
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
