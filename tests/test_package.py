@@ -69,7 +69,7 @@ ORDER = [
     "strategies", "buffer", "cli",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
-    "compatibility", "asking", "replayer", "filling", "generation", "trainer",
+    "compatibility", "asking", "replayer", "filling", "generation", "own_experience", "trainer",
 ]  # fmt: skip
 
 

@@ -32,6 +32,8 @@ from .stored_questions import StoredCompletions, StoredGroups, StoredQuestion
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .report import ExperienceReport
+
 
 class ExperienceBuffer:
     """
@@ -73,6 +75,8 @@ class ExperienceBuffer:
         num_duplicates (`int`):
             Completions refused so far because their question already had the same tokens; of whole groups, because it
             had the same ones in the same order.
+        import_report ([`ExperienceReport`] or `None`):
+            What became of the rows, where [`~ExperienceBuffer.from_dataset`] was given some of your own; not saved.
 
     Raises:
         ValueError: if a size is below 1 or huge, the unit is none, or a limit could never hold a group that is kept
@@ -101,6 +105,7 @@ class ExperienceBuffer:
         self.replay_state: dict[str, Any] = {}
         self.num_evicted: int = 0
         self.num_duplicates: int = 0
+        self.import_report: ExperienceReport | None = None
         self._store = Store(StoredGroups if self._unit == GROUP else StoredCompletions)
         self._retired: dict[str, None] = {}
 
@@ -504,30 +509,73 @@ class ExperienceBuffer:
         return completions_to_dataset(self.items(), self.provenance, self._store.reuse, group_size)
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, *, group_size: int, **kwargs: Any) -> ExperienceBuffer:
+    def from_dataset(
+        cls,
+        dataset: Dataset,
+        *,
+        group_size: int,
+        tokenizer: Any = None,
+        bucket: int | None = None,
+        success_threshold: float | None = None,
+        question_id_column: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_eos: bool = True,
+        **kwargs: Any,
+    ) -> ExperienceBuffer:
         """
-        Buffer of the completions of a dataset, such as [`~ExperienceBuffer.to_dataset`] made.
+        Buffer of the completions of a dataset: one that [`~ExperienceBuffer.to_dataset`] made, or one of your own.
+
+        Of your own, every row has the columns of its question as in the training dataset (`prompt` and whatever the
+        reward functions need), `completion` (text, or a list of one message of the assistant) or `completion_ids`,
+        `reward`, and `behavior_per_token_logps`; see [`ExGRPOTrainer.score_experience`], which takes rows without the
+        last one, too. Rows that cannot be stored are refused; a warning lists them, and `import_report` has them all.
 
         Args:
             dataset (`datasets.Dataset`):
-                One row per completion, with the columns of [`~ExperienceBuffer.to_dataset`]; `provenance` may be
-                missing. Of several rows of a question the last one decides the bucket. Whole groups need
-                `unit="group"`; their rows must follow each other.
+                One row per completion. Of several rows of a question that [`~ExperienceBuffer.to_dataset`] made, the
+                last one decides the bucket; `provenance` may be missing. Whole groups need `unit="group"`; their rows
+                must follow each other.
             group_size (`int`):
                 Completions per question at training time (K).
+            tokenizer (`PreTrainedTokenizerBase`, *optional*):
+                Of the model that will be trained. Needed where completions are text. With it, the trainer can tell
+                whether prompts and tokens mean the same to it.
+            bucket (`int`, *optional*):
+                For rows of your own: bucket of questions whose pass rate nothing tells, from 0 to `group_size`. By
+                default `group_size // 2`.
+            success_threshold (`float`, *optional*):
+                For rows of your own: reward from which a completion is a success. By default 1.0.
+            question_id_column (`str`, *optional*):
+                For rows of your own: column that identifies a question, as in [`ExGRPOConfig`]. By default its prompt.
+            chat_template_kwargs (`Mapping`, *optional*):
+                For rows of your own: as in [`ExGRPOConfig`].
+            add_eos (`bool`, *optional*, defaults to `True`):
+                For rows of your own: whether an end token follows a `completion` that has none.
             **kwargs:
                 Further arguments of [`ExperienceBuffer`].
 
         Raises:
             ExperienceBufferError: if a column is missing or holds something else, the provenance of two rows differs,
-                or a group is not whole.
+                a group is not whole, or no row of your own can be stored.
             TypeError: if `dataset` is no dataset.
+            ValueError: if an argument is out of range, or for rows of your own while the dataset has none.
         """
-        from .from_dataset import fill_from_dataset
+        from .from_dataset import fill_from_dataset, fill_from_own_rows
 
         buffer = cls(group_size=group_size, **kwargs)
-        fill_from_dataset(buffer, dataset, group_size)
+        own = {
+            "tokenizer": tokenizer,
+            "bucket": bucket,
+            "success_threshold": success_threshold,
+            "question_id_column": question_id_column,
+            "chat_template_kwargs": chat_template_kwargs,
+            "add_eos": None if add_eos else False,
+        }
+        if not fill_from_own_rows(buffer, dataset, group_size, own):
+            fill_from_dataset(buffer, dataset, group_size)
         buffer.set_limits(capacity=buffer.capacity, max_completions_per_question=buffer.max_completions_per_question)
+        if buffer.import_report is not None:
+            buffer.import_report = buffer.import_report._replace(num_evicted=buffer.num_evicted)
         return buffer
 
     @classmethod

@@ -109,6 +109,7 @@ def summarize(path: Path) -> dict[str, Any]:
     counts = {
         **metadata["counts"],
         **({"groups": _num_groups(buffer)} if buffer.unit == GROUP else {}),
+        "scored": sum(experience.is_scored for _, _, experience in buffer.items()),
         "several_turns": sum(experience.num_model_tokens < experience.num_tokens for experience in rollouts),
         "images": len(sizes),
         "image_bytes": sum(sizes.values()),
@@ -140,13 +141,14 @@ def _print(summary: dict[str, Any], console: Console) -> None:
     versions = summary["policy_versions"]
     replays = summary["replays"]
     counts = dict(summary["counts"])
-    of_rollouts = {
+    of_some = {
+        "scored, not generated": f"{counts.pop('scored'):,}",
         "completions of several turns": f"{counts.pop('several_turns'):,}",
         "images": f"{counts.pop('images'):,} ({counts.pop('image_bytes') / 1e6:.1f} MB)",
     }
     values = {
         **{name: f"{count:,}" for name, count in counts.items()},
-        **{name: text for name, text in of_rollouts.items() if not text.startswith("0")},
+        **{name: text for name, text in of_some.items() if not text.startswith("0")},
         "policy versions": f"{versions['oldest']} to {versions['newest']}" if versions else "none",
         "replays of a completion": f"{replays['mean']:.2f} on average, at most {replays['highest']:,}"
         if replays
