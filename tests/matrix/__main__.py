@@ -31,10 +31,11 @@ SIGNATURES = HERE / "signatures.json"
 OUTCOMES = HERE / "outcomes.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 OLDEST = Version("1.0.0")
+_HTTP = ("httpx", "httpcore", "h11", "anyio")  # which older releases of the hub use
 # With the oldest TRL, its oldest transformers and what they need.
-FLOOR = ("transformers==4.56.2", "huggingface_hub==0.36.2", "tokenizers==0.22.2", "datasets==5.0.1")
+FLOOR = ("transformers==4.56.2", "huggingface_hub==0.36.2", "tokenizers==0.22.2", "datasets==5.0.1", *_HTTP)
 # Before TRL 1.8, the last that parse tool calls as TRL does.
-OLDER = ("transformers==5.12.0", "huggingface_hub==1.33.0", "tokenizers==0.22.2", "httpx", "httpcore", "h11", "anyio")
+OLDER = ("transformers==5.12.0", "huggingface_hub==1.33.0", "tokenizers==0.22.2", *_HTTP)
 
 
 @dataclass
