@@ -22,7 +22,9 @@ def test_import_is_free_of_heavy_libraries() -> None:
     assert run(f"import sys, exgrpo_trl; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
-@pytest.mark.parametrize("module", ["records", "values", "examples", "buffer", "buffer.files", "strategies", "cli"])
+@pytest.mark.parametrize(
+    "module", ["records", "values", "examples", "buffer", "buffer.files", "strategies", "replay_log", "cli"]
+)
 def test_the_buffer_side_is_free_of_torch(module: str) -> None:
     heavy = "{'torch', 'trl', 'transformers', 'datasets'}"
     assert run(f"import sys, exgrpo_trl.{module}; print({heavy} & set(sys.modules))").strip() == "set()"
@@ -64,10 +66,11 @@ def test_py_typed_is_shipped() -> None:
 
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
-    "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer", "cli",
+    "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer",
+    "replay_log", "cli",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
-    "compatibility", "asking", "replayer", "filling", "generation", "trainer",
+    "log_rows", "compatibility", "asking", "replayer", "filling", "generation", "trainer",
 ]  # fmt: skip
 
 

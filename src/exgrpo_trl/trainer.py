@@ -380,8 +380,11 @@ class ExGRPOTrainer(GenerationHooks):
         if self.train_dataset is not self._questions_of:  # assigned since, for another phase of a curriculum
             self.replayer.bind(self._training_questions())
         self.replayer.begin_training()
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.replayer.finish()
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.replayer.finish()
+        finally:  # an error is what one wants to know the replays before it of
+            self.replayer.log.flush()
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

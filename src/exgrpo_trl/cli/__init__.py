@@ -9,15 +9,15 @@ from rich.console import Console
 
 from .. import __version__
 from ..records import ExperienceBufferError
-from . import show
+from . import show, why
 
 # Each has `HELP`, `add_arguments(parser)` and `run(arguments)`, which raises ExperienceBufferError.
-COMMANDS = {"show": show}
+COMMANDS = {"show": show, "why": why}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `exgrpo-trl`."""
-    parser = argparse.ArgumentParser(prog="exgrpo-trl", description="Look at what an ExGRPO run has stored.")
+    parser = argparse.ArgumentParser(prog="exgrpo-trl", description="Look at what a run stored and replayed.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():

@@ -1,0 +1,316 @@
+"""The log of replays beside a run: which stored completions which step replayed, and why. Parquet files, bounded."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .buffer.disk import sync
+from .buffer.locations import checkpoints_of, resolved
+from .records import ExperienceBufferError
+
+LOG_FOLDER = "replay_log"
+# Where the log of an earlier run in the same directory goes.
+PREVIOUS_FOLDER = "replay_log.previous"
+
+# A row for every stored completion of a batch that was trained. Nats; NaN and null where something is not known.
+LOG_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),  # first step that trains the batch, as TRL's log lines count: the first one is 1
+        ("last_step", pa.int64()),  # the last one: another with `num_iterations` or `steps_per_generation`
+        ("batch", pa.int64()),  # which of the batches that begin with that step, from 0
+        ("policy_version", pa.int64()),  # of the policy that generated the batch
+        ("row", pa.int64()),
+        ("group_size", pa.int64()),
+        ("question_id", pa.string()),
+        ("bucket", pa.int64()),  # of the question when it was drawn
+        ("num_tokens", pa.int64()),
+        ("reward", pa.float64()),  # as it was stored
+        ("age", pa.int64()),  # optimizer steps since it was generated
+        ("num_replays", pa.int64()),  # before this one
+        ("is_fill", pa.bool_()),  # whether it took the place of a failure (`fill_failed_groups`)
+        # What it was chosen by, and the policy version that this dates from; null where it was not scored.
+        ("entropy", pa.float32()),
+        ("negative_log_likelihood", pa.float32()),
+        ("scored_at", pa.int64()),
+        # What it was chosen from besides: empty where there was no choice.
+        ("competitor_ages", pa.list_(pa.int64())),
+        ("competitor_entropies", pa.list_(pa.float32())),
+        ("competitor_negative_log_likelihoods", pa.list_(pa.float32())),
+        # Of its first training forward, over the tokens that the model wrote; null where none had trained it.
+        ("mean_log_ratio", pa.float32()),
+        ("drift", pa.float32()),  # mean absolute log ratio
+        ("evicted", pa.string()),  # why it left the buffer after this replay; null where it did not
+    ]
+)
+_NEVER_NULL = (
+    "step", "last_step", "batch", "policy_version", "row", "group_size", "question_id", "num_tokens", "age", "is_fill",
+    "competitor_ages", "competitor_entropies", "competitor_negative_log_likelihoods",
+)  # fmt: skip
+# Floats differ in every row; split by byte they compress, a dictionary of them does not.
+_FLOATS = (
+    "entropy", "negative_log_likelihood", "competitor_entropies.list.element",
+    "competitor_negative_log_likelihoods.list.element", "mean_log_ratio", "drift",
+)  # fmt: skip
+_REPEATED = [
+    "competitor_ages.list.element",
+    *(name for name in LOG_SCHEMA.names if name not in _FLOATS and not name.startswith("competitor_")),
+]
+
+# A part is written again until it holds as many completions and competitors. Then the next one begins.
+PART_SIZE = 4096
+MAX_PARTS = 256
+FLUSH_SECONDS = 10.0
+_PART = re.compile(r"part-(\d{5,})\.parquet")
+_TRIES = 5
+
+
+# Reading
+
+
+def read_replay_log(path: str | os.PathLike[str]) -> pa.Table:
+    """
+    The log of replays of a run, oldest first; also while the run goes on.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            Directory of the run, of a checkpoint in it, or of the log itself.
+
+    Returns:
+        `pyarrow.Table`:
+            A row for every replayed completion, columns as in `LOG_SCHEMA`.
+
+    Raises:
+        ExperienceBufferError: if there is no log, or a file of it is damaged.
+    """
+    for _ in range(_TRIES):
+        try:
+            tables = [_read_part(part) for part in parts_of(find_replay_log(path))]
+        except FileNotFoundError:
+            continue  # the oldest part was removed meanwhile
+        if tables:
+            return pa.concat_tables(tables)
+    _fail(Path(path), "changes faster than it can be read. Try again.")
+
+
+def find_replay_log(path: str | os.PathLike[str]) -> Path:
+    """
+    Directory of the log of a run, of the run of a checkpoint, or the path itself.
+
+    Raises:
+        ExperienceBufferError: if there is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        _fail(path, "cannot be found: the path does not exist. Give the output_dir of a run, or a checkpoint in it.")
+    if not path.is_dir():
+        _fail(path, "cannot be found: the path is a file. Give the output_dir of a run, or a checkpoint in it.")
+    looked_at = [path / LOG_FOLDER]
+    run = resolved(path).parent
+    if resolved(path) in checkpoints_of(run).values():
+        looked_at.append(run / LOG_FOLDER)
+    for folder in (path, *looked_at):
+        if parts_of(folder):
+            return folder
+    _fail(
+        path,
+        f"cannot be found: {' and '.join(map(str, looked_at))} {'has' if len(looked_at) == 1 else 'have'} no parts. "
+        "This is no run, or it was trained with replay_log=False, or nothing was replayed yet. Give the output_dir of "
+        f"a run with replay_log=True; a run that goes on writes every {FLUSH_SECONDS:g} seconds.",
+    )
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """Parts of a log, oldest first."""
+    numbered = {int(match[1]): path for path in folder.glob("part-*") if (match := _PART.fullmatch(path.name))}
+    return [part for _, part in sorted(numbered.items())]
+
+
+def _read_part(part: Path) -> pa.Table:
+    try:
+        with pq.ParquetFile(part) as file:
+            if not file.schema_arrow.equals(LOG_SCHEMA):
+                raise ValueError(f"it has the columns {file.schema_arrow.names}, expected {LOG_SCHEMA.names}")
+            table = file.read(use_threads=False)
+        table.validate(full=True)
+        nulls = [name for name in _NEVER_NULL if table.column(name).null_count]
+        if nulls:
+            raise ValueError(f"null in {nulls[0]}")
+        return table
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise ExperienceBufferError(
+            f"The replay log cannot be read: {part} is damaged, or of another version of exgrpo-trl "
+            f"({type(error).__name__}: {error}). Move this file away to read the others."
+        ) from error
+
+
+def _fail(path: Path, what: str) -> NoReturn:
+    raise ExperienceBufferError(f"The replay log of {path} {what}")
+
+
+# Writing
+
+
+class ReplayLog:
+    """
+    Writes the log of a run, on the main process. Training never fails by it: what goes wrong is said once.
+
+    Rows wait in memory, for at most `FLUSH_SECONDS` of training.
+
+    Args:
+        output_dir (`str`):
+            Directory of the run.
+        is_on (`bool`):
+            Whether anything is written.
+        warn (`Callable[[str], Any]`):
+            Says something to the user.
+    """
+
+    def __init__(self, output_dir: str, *, is_on: bool, warn: Callable[[str], Any]) -> None:
+        self.folder = Path(output_dir) / LOG_FOLDER
+        self.is_on = is_on
+        self._warn = warn
+        self._flushed_at = time.monotonic()
+        self._last: list[Any] | None = None  # what identifies the last row
+        self._rows: list[Mapping[str, Any]] = []  # not written yet
+        self._start_part([], 0)
+
+    def _start_part(self, written: Sequence[pa.Table], number: int) -> None:
+        self._part, self._number = list(written), number
+        self._size = sum(map(_size_of, self._part))
+
+    def begin(self, global_step: int) -> None:
+        """
+        Go on with the log of a run that is resumed after that step, or begin a new one; before the first batch.
+
+        What a run wrote after the checkpoint that it is resumed from is dropped. The log of another run in the same
+        directory is moved away: the state of the checkpoint, loaded before, tells whether it is another.
+        """
+        self.flush()
+        expected, self._last = self._last if global_step else None, None
+        self._start_part([], 0)
+        if not self.is_on or not (parts := parts_of(self.folder)):
+            return
+        with self._forgiving():
+            number, kept = 0, None
+            try:
+                number, kept = _until(parts, global_step)
+            except ExperienceBufferError as error:
+                self._warn(str(error))
+            if kept is None or _identity(kept.slice(len(kept) - 1).to_pylist()[0]) != expected:
+                self._move_away(parts, global_step)
+                return
+            self._last = expected
+            self._start_part([kept], int(_PART.fullmatch(parts[number].name)[1]))  # type: ignore[index]
+            self._write()
+            for part in parts[number + 1 :]:
+                part.unlink()
+
+    def _move_away(self, parts: Sequence[Path], global_step: int) -> None:
+        previous = self.folder.with_name(PREVIOUS_FOLDER)
+        previous.mkdir(exist_ok=True)
+        for part in parts_of(previous):
+            part.unlink()
+        for part in parts:
+            os.replace(part, previous / part.name)
+        what = "of the run that this one is resumed from" if global_step else "of this run"
+        self._warn(
+            f"{self.folder} held the log of another run. It is in {previous} now, in the place of any that was there; "
+            f"the log {what} begins after step {global_step}."
+        )
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the replays of a batch, with the columns of the log but `batch`."""
+        if not self.is_on or not rows:
+            return
+        step, number = rows[0]["step"], 0
+        if self._last is not None and self._last[0] == step:
+            number = self._last[1] + 1
+        self._rows += [{**row, "batch": number} for row in rows]
+        self._last = _identity(self._rows[-1])
+        if time.monotonic() - self._flushed_at >= FLUSH_SECONDS or len(self._rows) >= PART_SIZE:
+            self.flush()
+
+    def flush(self, *, is_durable: bool = False) -> None:
+        """Write what waits; `is_durable` lets the disk take it, too."""
+        self._flushed_at = time.monotonic()
+        if not self.is_on or not self._rows:
+            return
+        with self._forgiving():
+            self._part.append(pa.Table.from_pylist(self._rows, schema=LOG_SCHEMA))
+            self._size += _size_of(self._part[-1])
+            self._rows = []
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(is_durable)
+            if self._size >= PART_SIZE:
+                self._start_part([], self._number + 1)
+                for part in parts_of(self.folder)[: 1 - MAX_PARTS]:  # the next one counts, too
+                    part.unlink()
+
+    def _write(self, is_durable: bool = False) -> None:
+        # Under a name that is no part: whoever reads meanwhile sees the part before or after, and none is ever torn.
+        temporary = self.folder / ".part.writing"
+        pq.write_table(
+            pa.concat_tables(self._part),
+            temporary,
+            compression="zstd",
+            use_dictionary=_REPEATED,
+            column_encoding=dict.fromkeys(_FLOATS, "BYTE_STREAM_SPLIT"),
+            write_statistics=False,
+        )
+        if is_durable:
+            sync(temporary)
+        os.replace(temporary, self.folder / f"part-{self._number:05d}.parquet")
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            self.is_on, self._rows, self._part = False, [], []
+            self._warn(
+                f"The replay log {self.folder} cannot be written ({type(error).__name__}: {error}). The training goes "
+                "on without: exgrpo-trl why will not know of the steps from here on. Make room or give another "
+                "output_dir to have one, or set replay_log=False."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold to know its log again; survives JSON."""
+        return {"last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, or nothing where there was no log."""
+        self._last = state.get("last")
+
+
+def _size_of(rows: pa.Table) -> int:
+    """Completions and competitors in a table."""
+    return len(rows) + int(pc.sum(pc.list_value_length(rows.column("competitor_ages"))).as_py() or 0)
+
+
+def _identity(row: Mapping[str, Any]) -> list[Any]:
+    """What tells a row from one of another run; nothing that rounding changes, which differs between machines."""
+    return [row[name] for name in ("step", "batch", "row", "question_id", "num_tokens", "age", "num_replays")]
+
+
+def _until(parts: Sequence[Path], step: int) -> tuple[int, pa.Table | None]:
+    """Index of the last part with rows of steps up to that one, and these rows; `None` where there is none."""
+    for number in range(len(parts) - 1, -1, -1):
+        rows = _read_part(parts[number])
+        kept = rows.filter(pc.less_equal(rows.column("step"), step))
+        if len(kept):
+            # A batch that a checkpoint has cut off is generated anew.
+            last = pc.min_element_wise(kept.column("last_step"), pa.scalar(step))
+            return number, kept.set_column(kept.schema.get_field_index("last_step"), "last_step", last)
+    return 0, None
