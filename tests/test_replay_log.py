@@ -20,7 +20,6 @@ def row(step, number=0, num_competitors=3, **changes):
     """A row as a real run has it: floats and lists that differ, ids of 32 digits."""
     scores = RNG.random((num_competitors, 2))
     return {
-        "step": step,
         "last_step": step,
         "policy_version": step - 1,
         "row": number,
@@ -69,14 +68,13 @@ def test_what_is_written_is_read(tmp_path, make, messages):
     written = []
     for step in range(1, 6):
         rows = rows_of_step(step)
-        log.add(rows)
-        written += rows
+        log.add(step, rows)
+        written += [{"step": step, "batch": 0, **row} for row in rows]
     assert not (tmp_path / "run").exists(), "it waits"
     log.flush()
     table = read_replay_log(tmp_path / "run")
     assert table.schema.equals(LOG_SCHEMA)
     for expected, actual in zip(written, table.to_pylist(), strict=True):
-        assert actual.pop("batch") == 0
         assert actual == {
             name: pytest.approx(value, rel=1e-6) if isinstance(value, float | list) else value
             for name, value in expected.items()
@@ -88,16 +86,19 @@ def test_batches_that_begin_with_the_same_step_are_numbered(tmp_path, make):
     log = make()
     log.begin(0)
     for step in (1, 1, 1, 2, 2, 4):
-        log.add(rows_of_step(step, 2))
+        log.add(step, rows_of_step(step, 2))
         log.flush()
+    log.add(5, [])  # one without replays is one
+    log.add(5, rows_of_step(5, 1))
+    log.flush()
     table = read_replay_log(tmp_path / "run")
-    assert table.column("batch").to_pylist() == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 0, 0]
+    assert table.column("batch").to_pylist() == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 0, 0, 1]
 
 
 def test_nothing_is_written_where_it_is_off_or_nothing_was_replayed(tmp_path, make):
     for log in (make(is_on=False), make()):
         log.begin(0)
-        log.add(rows_of_step(1) if not log.is_on else [])
+        log.add(1, rows_of_step(1) if not log.is_on else [])
         log.flush()
     assert not (tmp_path / "run").exists()
 
@@ -110,7 +111,7 @@ def test_time_decides_when_it_is_written(tmp_path, make, monkeypatch):
     num_written = []
     for step in range(1, 30):
         now[0] += 1
-        log.add(rows_of_step(step))
+        log.add(step, rows_of_step(step))
         num_written.append(len(parts_of(tmp_path / "run" / "replay_log")) and len(read_replay_log(tmp_path / "run")))
     assert num_written == [0] * 9 + [40] * 10 + [80] * 10
 
@@ -121,7 +122,7 @@ def test_it_is_bounded(tmp_path, make, monkeypatch):
     log = make()
     log.begin(0)
     for step in range(1, 101):
-        log.add(rows_of_step(step))  # 4 completions and 12 competitors
+        log.add(step, rows_of_step(step))  # 4 completions and 12 competitors
         log.flush()
         assert len(os.listdir(log.folder)) <= 3
     assert steps(tmp_path) == list(range(94, 101))
@@ -136,7 +137,7 @@ def test_bytes_of_a_replay(tmp_path, make):
     ids = [f"{RNG.integers(2**63):016x}" * 2 for _ in range(200)]
     for step in range(1, 500):
         rows = [row(step, number, question_id=ids[RNG.integers(200)]) for number in range(4)]
-        log.add(rows)
+        log.add(step, rows)
         num_rows += len(rows)
     log.flush()
     size = sum(part.stat().st_size for part in parts_of(log.folder))
@@ -147,7 +148,7 @@ def test_bytes_of_a_replay(tmp_path, make):
     without = ReplayLog(str(tmp_path / "alone"), is_on=True, warn=print)
     without.begin(0)
     for step in range(1, 1000):
-        without.add(rows_of_step(step, num_competitors=0))
+        without.add(step, rows_of_step(step, num_competitors=0))
     without.flush()
     size = sum(part.stat().st_size for part in parts_of(without.folder))
     assert size / 3996 < 36, f"{size / 3996:.1f} bytes"
@@ -159,7 +160,7 @@ def test_a_reader_never_sees_a_torn_file(tmp_path, make, monkeypatch):
     monkeypatch.setattr(replay_log, "MAX_PARTS", 4)
     log = make()
     log.begin(0)
-    log.add(rows_of_step(1))
+    log.add(1, rows_of_step(1))
     log.flush()
     is_done, failures, num_reads = threading.Event(), [], [0]
 
@@ -177,7 +178,7 @@ def test_a_reader_never_sees_a_torn_file(tmp_path, make, monkeypatch):
     reader = threading.Thread(target=read)
     reader.start()
     for step in range(2, 300):
-        log.add(rows_of_step(step))
+        log.add(step, rows_of_step(step))
         log.flush()
     is_done.set()
     reader.join()
@@ -189,7 +190,7 @@ def test_a_reader_never_sees_a_torn_file(tmp_path, make, monkeypatch):
 def test_a_writer_that_dies_leaves_what_was_there(tmp_path, make, monkeypatch):
     log = make()
     log.begin(0)
-    log.add(rows_of_step(1))
+    log.add(1, rows_of_step(1))
     log.flush()
     write = pq.write_table
 
@@ -200,7 +201,7 @@ def test_a_writer_that_dies_leaves_what_was_there(tmp_path, make, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pq, "write_table", die)
-    log.add(rows_of_step(2))
+    log.add(2, rows_of_step(2))
     with pytest.raises(KeyboardInterrupt):
         log.flush()
     assert steps(tmp_path) == [1]
@@ -208,7 +209,7 @@ def test_a_writer_that_dies_leaves_what_was_there(tmp_path, make, monkeypatch):
     log = make()
     log.load_state_dict({"last": None})
     log.begin(0)
-    log.add(rows_of_step(7))
+    log.add(7, rows_of_step(7))
     log.flush()
     assert steps(tmp_path) == [7]
 
@@ -218,7 +219,7 @@ def test_a_writer_that_dies_leaves_what_was_there(tmp_path, make, monkeypatch):
 
 def run_steps(log, first, last):
     for step in range(first, last + 1):
-        log.add(rows_of_step(step))
+        log.add(step, rows_of_step(step))
         if step % 3 == 0:
             log.flush()
     log.flush()
@@ -246,14 +247,14 @@ def test_a_resume_drops_what_came_after_the_checkpoint(tmp_path, make, messages,
 def test_a_batch_that_a_checkpoint_cuts_off_ends_there(tmp_path, make):
     log = make()
     log.begin(0)
-    log.add(rows_of_step(1, last_step=2))
-    log.add(rows_of_step(3, last_step=4))
+    log.add(1, rows_of_step(1, last_step=2))
+    log.add(3, rows_of_step(3, last_step=4))
     log.flush()
     state = log.state_dict()
     resumed = make()
     resumed.load_state_dict(state)
     resumed.begin(3)
-    resumed.add(rows_of_step(4, last_step=5))
+    resumed.add(4, rows_of_step(4, last_step=5))
     resumed.flush()
     table = read_replay_log(tmp_path / "run")
     assert list(dict.fromkeys(zip(*(table.column(n).to_pylist() for n in ("step", "last_step")), strict=True))) == [
@@ -323,7 +324,7 @@ def test_training_goes_on_where_it_cannot_be_written(tmp_path, make, messages, m
     log = make()
     log.begin(0)
     for step in range(1, 5):
-        log.add(rows_of_step(step))
+        log.add(step, rows_of_step(step))
         log.flush()
     assert (tmp_path / "run" / "replay_log").read_text() == "mine"
     (tmp_path / "run" / "replay_log").unlink()
@@ -345,7 +346,7 @@ def test_training_goes_on_where_it_cannot_be_written(tmp_path, make, messages, m
 def test_an_id_that_cannot_be_written_is_no_end_of_training(make, messages):
     log = make()
     log.begin(0)
-    log.add(rows_of_step(1, question_id="\ud800"))
+    log.add(1, rows_of_step(1, question_id="\ud800"))
     log.flush()
     assert len(messages) == 1
 
@@ -405,7 +406,7 @@ def nulls(file):
 
 
 def no_utf8(file):
-    rows = pa.Table.from_pylist(rows_of_step(1, batch=0), schema=LOG_SCHEMA)
+    rows = pa.Table.from_pylist([{"step": 1, "batch": 0, **row(1)}], schema=LOG_SCHEMA)
     raw = pa.array([b"\xff\xfe"] * len(rows)).view(pa.string())
     pq.write_table(
         rows.set_column(rows.schema.get_field_index("question_id"), LOG_SCHEMA.field("question_id"), raw), file

@@ -12,7 +12,7 @@ from .records import Replay, Reuse
 
 def log_rows(batch: Batch, args: ExGRPOConfig, evicted: Mapping[int, str]) -> list[dict[str, Any]]:
     """
-    Rows of the log of replays.
+    Rows of the log of replays, as [`ReplayLog.add`] takes them.
 
     Args:
         batch ([`Batch`]):
@@ -26,7 +26,6 @@ def log_rows(batch: Batch, args: ExGRPOConfig, evicted: Mapping[int, str]) -> li
     passes = (args.steps_per_generation or 1) * args.num_iterations
     num_steps = max(1, -(-passes // args.gradient_accumulation_steps))
     shared = {
-        "step": batch.global_step + 1,
         "last_step": batch.global_step + num_steps,
         "policy_version": batch.policy_version,
         "group_size": batch.group_size,

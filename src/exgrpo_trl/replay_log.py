@@ -183,6 +183,7 @@ class ReplayLog:
         self._warn = warn
         self._flushed_at = time.monotonic()
         self._last: list[Any] | None = None  # what identifies the last row
+        self._batch = 0, 0  # the last one: its step, and which of that step
         self._rows: list[Mapping[str, Any]] = []  # not written yet
         self._start_part([], 0)
 
@@ -200,6 +201,7 @@ class ReplayLog:
         self.flush()
         expected, self._last = self._last if global_step else None, None
         self._start_part([], 0)
+        self._batch = 0, 0
         if not self.is_on or not (parts := parts_of(self.folder)):
             return
         with self._forgiving():
@@ -230,14 +232,20 @@ class ReplayLog:
             f"the log {what} begins after step {global_step}."
         )
 
-    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take the replays of a batch, with the columns of the log but `batch`."""
+    def add(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """
+        Take the replays of a batch, if any.
+
+        Args:
+            step (`int`):
+                First step that trains the batch.
+            rows (`Sequence[Mapping[str, Any]]`):
+                Columns of the log but `step` and `batch`.
+        """
+        self._batch = step, self._batch[1] + 1 if self._batch[0] == step else 0
         if not self.is_on or not rows:
             return
-        step, number = rows[0]["step"], 0
-        if self._last is not None and self._last[0] == step:
-            number = self._last[1] + 1
-        self._rows += [{**row, "batch": number} for row in rows]
+        self._rows += [{"step": step, "batch": self._batch[1], **row} for row in rows]
         self._last = _identity(self._rows[-1])
         if time.monotonic() - self._flushed_at >= FLUSH_SECONDS or len(self._rows) >= PART_SIZE:
             self.flush()

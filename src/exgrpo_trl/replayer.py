@@ -376,7 +376,7 @@ class Replayer:
         counts["drifted"] += self._num_drifted
         self._num_drifted = 0
         self.metrics.add_collection({reason: counts[reason] for reason in REASONS})
-        self.log.add(log_rows(batch, self.args, evicted) if self.log.is_on else ())
+        self.log.add(batch.global_step + 1, log_rows(batch, self.args, evicted) if self.log.is_on else ())
         self.pacing.observe(merged(sums).effective_sample_size)
         for group, question, experiences in batch.groups():
             is_solved = bool(admission.is_solved[group])

@@ -54,20 +54,20 @@ def explain(path: Path, step: int | None = None, question_id: str | None = None)
     """
     folder, log = find_replay_log(path), read_replay_log(path)
     if question_id is not None:
-        log = log.filter(pc.equal(log.column("question_id"), question_id))
+        known = question_id.encode(errors="replace").decode()  # no id has half a character
+        log = log.filter(pc.equal(log.column("question_id"), known))
     first = log.column("step")
     if step is None:
         step = pc.max(first).as_py()
-    rows = log.slice(0, 0)
-    if step is not None:
-        is_trained = pc.and_(pc.less_equal(first, step), pc.greater_equal(log.column("last_step"), step))
-        rows = log.filter(is_trained)
+    wanted = min(max(step or 0, 0), 2**63 - 1)
+    is_trained = pc.and_(pc.less_equal(first, wanted), pc.greater_equal(log.column("last_step"), wanted))
+    rows = log.filter(is_trained)
     return {
         "path": str(folder),
         "step": step,
         "question_id": question_id,
         "replays": [_replay(row) for row in rows.to_pylist()],
-        "nearest_steps": [] if len(rows) or step is None else _nearest(first, step),
+        "nearest_steps": [] if len(rows) else _nearest(first, wanted),
     }
 
 
