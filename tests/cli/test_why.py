@@ -88,7 +88,7 @@ def test_what_it_prints(run):
         assert f"chosen out of {len(replay['competitors']) + 1}, by scores of now:" in lines
         shown = [("chosen ", replay), *(("", other) for other in replay["competitors"])]
         for mark, of_one in shown:
-            scores = f"{of_one['entropy']:.4g} {of_one['negative_log_likelihood']:.4g}"
+            scores = f"{of_one['entropy']:.3f} {of_one['negative_log_likelihood']:.3f}"
             assert f"{mark}{of_one['age']} {scores}" in lines
 
 
@@ -139,7 +139,7 @@ def test_what_is_not_known(tmp_path):
         "there was nothing to choose from",
         "chosen out of 2, without scores:",
         "chosen out of 2, by last known scores, its own 2 steps old:",
-        "chosen 1 0.5 unknown 2 unknown 1.25",
+        "chosen 1 0.500 unknown 2 unknown 1.250",
         "took the place of a failure",
         "left the buffer afterwards: used up",
         "importance ratio 0 (",

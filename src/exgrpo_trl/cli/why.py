@@ -170,7 +170,7 @@ def _competitor_table(replay: Mapping[str, Any]) -> Table:
     for name in ("age", *(("entropy", "neg. log-likelihood") if is_scored else ())):
         table.add_column(name, justify="right")
     for mark, of_one in (("chosen", replay), *(("", other) for other in replay["competitors"])):
-        scores: Iterable[str] = (_number(of_one["entropy"]), _number(of_one["negative_log_likelihood"]))
+        scores: Iterable[str] = (_number(of_one[name], ".3f") for name in ("entropy", "negative_log_likelihood"))
         table.add_row(mark, str(of_one["age"]), *(scores if is_scored else ()), style="bold" if mark else "")
     return table
 
@@ -179,8 +179,8 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "unknown" if value is None else format(value, form)
 
 
 def _shown(text: str) -> str:
