@@ -207,7 +207,7 @@ class ReplayLog:
         with self._forgiving():
             number, kept = 0, None
             try:
-                number, kept = _until(parts, global_step)
+                number, kept = _until(parts, global_step) if global_step else (0, None)
             except ExperienceBufferError as error:
                 self._warn(str(error))
             if kept is None or _identity(kept.slice(len(kept) - 1).to_pylist()[0]) != expected:
