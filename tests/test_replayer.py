@@ -1,6 +1,7 @@
 """Batches planned and collected without a trainer: what is drawn, scored, chosen, stored, evicted and retired."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 from datasets import Dataset
 from rules import LeastReplayed
 
-from exgrpo_trl import ExGRPOConfig, Experience, ExperienceBuffer, Question, question_id_of
+from exgrpo_trl import (
+    ExGRPOConfig,
+    Experience,
+    ExperienceBuffer,
+    ExperienceBufferError,
+    Question,
+    question_id_of,
+)
 from exgrpo_trl.dataset import DroppedQuestions
 from exgrpo_trl.processes import Processes
 from exgrpo_trl.prompts import Prompts
@@ -173,7 +181,7 @@ def test_the_state_survives_json_and_decides_what_comes_next():
     copied = ExperienceBuffer.from_dataset(whole.buffer.to_dataset(), group_size=K)
     copied.rng.bit_generator.state = whole.buffer.rng.bit_generator.state
     copied.replay_state = state
-    resumed.load(lambda: copied)
+    resumed.load(lambda: copied, "copied")
     assert resumed.state_dict() == whole.state_dict()
     assert run(resumed, range(3, 8)) == run(whole, range(3, 8))
     assert resumed.state_dict() == whole.state_dict()
@@ -188,6 +196,45 @@ def test_state_of_a_version_without_strategies():
     assert replayer.metrics.tokens_saved == 77
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        (None, "replayer", ...),
+        (None, "replayer", [1]),
+        (None, "state_version", "2"),
+        (None, "strategies", 5),
+        (None, "coverage", ...),
+        ("replayer", "is_started", "yes"),
+        ("replayer", "tokens_saved", 10**30),
+        ("replayer", "version_offset", -1),
+        ("replayer", "best_reward", math.inf),
+        ("replayer", "num_batches_without_success", []),
+        ("replayer", "rng", {"bit_generator": "PCG64", "state": {"state": -1, "inc": 1}}),
+        ("dropped_questions", "epoch", 1.5),
+        ("dropped_questions", "num_retired", None),
+        ("success_rule", "judges", ["ab"]),
+        ("success_rule", "judges", [[["a"]]]),
+        ("coverage", "unseen", [1]),
+        ("coverage", "is_on", 1),
+        ("pacing", "carried", "0"),
+        ("pacing", "last_replayed", {"q0": math.nan}),
+    ],
+)
+def test_a_malformed_state_is_the_one_error(part, name, value):
+    """A checkpoint may be a stranger's, and nothing of it may fail later."""
+    state = json.loads(json.dumps(make_replayer().state_dict()))
+    owner = state if part is None else state[part]
+    owner[name] = value
+    if value is ...:
+        del owner[name]
+    buffer = filled_buffer()
+    buffer.replay_state = state
+    with pytest.raises(
+        ExperienceBufferError, match=rf"of a stranger .*metadata.json, `replay_state`.*`({name}|has_uint32|state|q0)`"
+    ):
+        make_replayer(ExperienceBuffer(group_size=K)).load(lambda: buffer, "of a stranger")
+
+
 def test_a_stateful_sampler_observes_reports_and_is_saved(tmp_path):
     options = {"retire_solved": False, "drop_retired_questions": False}
     replayer = make_replayer(question_sampler=LeastReplayed(), **options)
@@ -199,7 +246,7 @@ def test_a_stateful_sampler_observes_reports_and_is_saved(tmp_path):
     assert replayer.log_metrics()["replay/most_replayed"] == 1
     replayer.save(str(tmp_path))
     resumed = make_replayer(question_sampler=LeastReplayed(), **options)
-    resumed.load(lambda: ExperienceBuffer.load(tmp_path / "experience_buffer"))
+    resumed.load(lambda: ExperienceBuffer.load(tmp_path / "experience_buffer"), "saved")
     assert resumed.strategies.question_sampler.counts == replayer.strategies.question_sampler.counts
     assert sum(resumed.strategies.question_sampler.counts.values()) == 6
 

@@ -32,7 +32,7 @@ class AskedTwice:
     def __init__(self, trainer: Any, num_rows: int) -> None:
         self.trainer = trainer
         self.num_rows = num_rows
-        self.functions = list(trainer.reward_funcs)
+        self.functions: list[Any] = list(trainer.reward_funcs)
         self.rewards: torch.Tensor | None = None
         self._given: list[list[Any]] = []
         self._logs: _Logs = defaultdict(list)

@@ -16,7 +16,7 @@ from .buffer.settings import COMPLETION, GROUP
 from .config import ExGRPOConfig
 from .records import UNKNOWN_PROMPT, ExperienceBufferError
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 Location = str | PathLike[str]
 

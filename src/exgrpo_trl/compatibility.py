@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import trl
-from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
@@ -16,7 +15,7 @@ from trl import GRPOTrainer
 from .config import ExGRPOConfig
 from .rollouts.vllm import ENGINES
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 # Methods that ExGRPOTrainer wraps, with the parameters it relies on.
 HOOKS = {
@@ -225,7 +224,7 @@ def check_batch_size(train_batch_size: int, args: ExGRPOConfig) -> None:
         )
 
 
-def check_wrapped(model: Any, accelerator: Accelerator) -> None:
+def check_wrapped(model: Any, accelerator: Any) -> None:
     """Refuse to train each process on its own, which transformers does after an evaluation before the training."""
     if accelerator.distributed_type in _COPIES and not isinstance(model, DistributedDataParallel):
         raise RuntimeError(

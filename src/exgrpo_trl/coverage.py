@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from .saved_state import flag_of, texts_of
+
 
 class Coverage:
     """
@@ -18,7 +20,7 @@ class Coverage:
     """
 
     def __init__(self) -> None:
-        self.is_on = False
+        self.is_on: bool = False
         self._unseen: dict[str, None] = {}
         self._unseen_at_epoch: list[str] = []
 
@@ -50,8 +52,11 @@ class Coverage:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.is_on = state["is_on"]
-        self._unseen, self._unseen_at_epoch = dict.fromkeys(state["unseen"]), list(state["unseen_at_epoch"])
+        self.is_on = flag_of(state, "is_on")
+        self._unseen, self._unseen_at_epoch = (
+            dict.fromkeys(texts_of(state, "unseen")),
+            texts_of(state, "unseen_at_epoch"),
+        )
 
 
 def deal(order: Sequence[int], first: Collection[int], batch_size: int) -> list[int]:

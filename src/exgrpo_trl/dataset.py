@@ -18,8 +18,9 @@ from .coverage import deal
 from .examples import encode_example, row_question_id
 from .images import referenced
 from .questions import TrainingQuestions
+from .saved_state import count_of, count_or_none_of
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 # Features whose values, once decoded, are open files or objects of other libraries.
 _MEDIA = ("Audio", "BioSequence", "BioStructure", "Mesh", "Nifti", "Pdf", "Video")
@@ -55,7 +56,7 @@ def check_dataset(dataset: Any, args: ExGRPOConfig) -> None:
         )
 
 
-def undecodable_row(dataset: Dataset) -> tuple[int, Exception] | None:
+def undecodable_row(dataset: Any) -> tuple[int, Exception] | None:
     """First row that cannot be read, and why; for a message, as it reads all rows before."""
     for row in range(len(dataset)):
         try:
@@ -111,7 +112,7 @@ class DroppedQuestions:
         self.questions = questions
         self.min_rows = min_rows
         self.epoch: int | None = None
-        self.num_retired = 0
+        self.num_retired: int = 0
 
     def begin_epoch(self, epoch: int, retired: Collection[str]) -> set[int]:
         """Rows to leave out of an epoch that begins, or that a resumed run is in the middle of."""
@@ -137,7 +138,7 @@ class DroppedQuestions:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.epoch, self.num_retired = state["epoch"], state["num_retired"]
+        self.epoch, self.num_retired = count_or_none_of(state, "epoch"), count_of(state, "num_retired")
 
 
 class ActiveQuestionSampler(Sampler[int]):

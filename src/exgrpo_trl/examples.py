@@ -9,7 +9,7 @@ from typing import Any
 
 from .images import StoredImage, images_in, opened, pixel_digest, referenced, stored
 from .records import Experience, Question
-from .values import copied, from_json, plain, to_json
+from .values import copied, from_json, plain, to_json, to_text
 
 # Of rows whose environment owns the data.
 NO_PROMPT = ""
@@ -60,11 +60,12 @@ def encode_example(example: Mapping[str, Any]) -> str:
             depth.
 
     Raises:
-        TypeError: if a column holds any other type, subclasses of these included.
+        TypeError: if a column holds any other type, subclasses of these included, or is nested more than 200 levels
+            deep as JSON.
     """
     if not all(type(column) is str for column in example):
         raise TypeError(f"The columns of an example must be strings, got {list(example)}.")
-    return json.dumps(to_json(dict(example)))
+    return to_text(dict(example))
 
 
 def decode_example(text: str) -> dict[str, Any]:

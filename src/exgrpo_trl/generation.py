@@ -27,7 +27,7 @@ from .rollouts.vllm import correct_fresh_only
 from .rows import lacks_images, loss_mask
 from .scoring import Prompted, evaluating, reshard, score_completions
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 
 def _after(first: Callable[[], None], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

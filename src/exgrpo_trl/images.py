@@ -9,11 +9,34 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .errors import ExperienceBufferError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What PNG holds as it is; anything else goes into a TIFF file.
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+# What images are read from. Pillow hands files of some other formats to programs, such as PostScript to Ghostscript.
+_FORMATS = (
+    *(
+        "PNG",
+        "TIFF",
+        "JPEG",
+        "MPO",
+        "WEBP",
+        "AVIF",
+        "GIF",
+        "BMP",
+        "DIB",
+        "JPEG2000",
+        "PPM",
+        "TGA",
+        "ICO",
+        "PCX",
+        "SGI",
+    ),
+    "DDS",
+)
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -64,11 +87,26 @@ class StoredImage:
         return stored
 
     def open(self) -> Image:
-        """The image, decoded; a new one with every call."""
+        """
+        The image, decoded; a new one with every call.
+
+        Raises:
+            ExperienceBufferError: if the content is no image, is of a format that is not read, or has far more pixels
+                than Pillow takes for one (`PIL.Image.MAX_IMAGE_PIXELS`).
+        """
         from PIL import Image
 
-        image = Image.open(io.BytesIO(self.content))
-        image.load()
+        try:
+            image = Image.open(io.BytesIO(self.content))
+            if image.format not in _FORMATS:
+                raise ValueError(f"files of the format {image.format} are not read")
+            image.load()
+        except Exception as error:  # every format of Pillow has its own ways to fail
+            raise ExperienceBufferError(
+                f"The stored image {self.digest[:80]!r} ({len(self.content):,} bytes) cannot be decoded "
+                f"({type(error).__name__}: {str(error)[:200]}). Remove what refers to it from the experience buffer, "
+                "or start with an empty one."
+            ) from error
         return image
 
     def __repr__(self) -> str:

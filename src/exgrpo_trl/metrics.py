@@ -72,9 +72,10 @@ class RatioSums:
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.largest = np.float64(-1e9)  # finite, so that a ratio of 0 is one
-        self.first = self.second = np.float64(0)
+        self.count: int = 0
+        self.largest: np.float64 = np.float64(-1e9)  # finite, so that a ratio of 0 is one
+        self.first: np.float64 = np.float64(0)
+        self.second: np.float64 = np.float64(0)
 
     def add(self, log_ratios: np.ndarray) -> None:
         """Add log ratios of shape `(N,)`."""
@@ -117,7 +118,7 @@ class LogRatios:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count: int = 0
         self._raw, self._clipped = RatioSums(), RatioSums()
         self._sample = np.zeros(0, dtype=np.float32)
         # Multiples of the golden ratio are spread evenly, whatever period the values have. Only the lowest stay.
@@ -188,7 +189,7 @@ class ReplayMetrics:
     """
 
     def __init__(self) -> None:
-        self.tokens_saved = 0  # of the whole run
+        self.tokens_saved: int = 0  # of the whole run
         self._values: dict[str, _Average] = defaultdict(_Average)
         self._log_ratios = LogRatios()
         self._last: dict[str, float] = {}

@@ -9,9 +9,10 @@ from transformers.utils import logging
 from .batch import Batch
 from .buffer import ReplayBuffer
 from .config import ExGRPOConfig
+from .saved_state import count_or_none_of, number_of
 from .success import SuccessRule
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 # Generation batches without a success, or below the pass rate of the delayed start, after which that is said.
 _PATIENCE = 10
@@ -33,7 +34,7 @@ class Notices:
     def __init__(self, args: ExGRPOConfig, rule: SuccessRule, *, requires_success: bool) -> None:
         self.args = args
         self.rule = rule
-        self.best_reward = -np.inf
+        self.best_reward: float = -np.inf
         # None once a success was seen or the warning given; continuous rewards need none to be stored.
         needs_success = requires_success or args.replay_start_pass_rate is not None
         self.num_batches_without_success: int | None = 0 if needs_success else None
@@ -153,5 +154,5 @@ class Notices:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.best_reward = -np.inf if state["best_reward"] is None else state["best_reward"]
-        self.num_batches_without_success = state["num_batches_without_success"]
+        self.best_reward = -np.inf if state.get("best_reward", 0) is None else number_of(state, "best_reward")
+        self.num_batches_without_success = count_or_none_of(state, "num_batches_without_success")

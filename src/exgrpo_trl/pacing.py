@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from .config import ExGRPOConfig
+from .saved_state import count_of, counts_of, number_of
 
 
 class Pacing:
@@ -75,6 +76,6 @@ class Pacing:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._carried = state["carried"]
-        self._num_halvings = state["num_halvings"]
-        self._last_replayed = dict(state["last_replayed"])
+        self._carried = number_of(state, "carried")
+        self._num_halvings = count_of(state, "num_halvings")
+        self._last_replayed = counts_of(state, "last_replayed")

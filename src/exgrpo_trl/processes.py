@@ -3,11 +3,10 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
 
 T = TypeVar("T")
 
@@ -28,11 +27,11 @@ class Processes:
             for the slowest process included; 0 for a single process.
     """
 
-    def __init__(self, state: PartialState | Accelerator) -> None:
+    def __init__(self, state: Any) -> None:
         self.rank: int = state.process_index
         self.count: int = state.num_processes
         self.device: torch.device = state.device
-        self.seconds = {"gathering": 0.0, "broadcasting": 0.0}
+        self.seconds: dict[str, float] = {"gathering": 0.0, "broadcasting": 0.0}
 
     @property
     def is_main(self) -> bool:

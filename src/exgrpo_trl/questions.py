@@ -19,7 +19,7 @@ from .prompts import Shown, has_images
 from .records import UNKNOWN_PROMPT, Experience, Question, prompt_hash
 from .strategies.samplers import QuestionSampler
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 # Prompts that are rendered in one call, and rows that are read in one.
 _PROMPTS_AT_ONCE = 256
@@ -55,7 +55,7 @@ class TrainingQuestions:
     def __init__(self, dataset: Any, question_id_column: str | None, num_groups_of_environments: int = 0) -> None:
         self.dataset = dataset
         self.question_id_column = question_id_column
-        self.is_stream = not isinstance(dataset, Dataset)
+        self.is_stream: bool = not isinstance(dataset, Dataset)
         self._has_environments = num_groups_of_environments > 0
         self._rows_of: dict[str, list[int]] = {}
         self._shared_prompts: set[str] = set()  # ids of prompts that stand for several questions

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .errors import ExperienceBufferError as ExperienceBufferError  # where it is documented
 from .rollout_details import RolloutDetails, is_model_of
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -25,10 +26,6 @@ MIN_LOG_PROBABILITY = float(np.finfo(np.float32).min)
 _TOKENS_SHOWN = 6
 
 _LOW_HALF = 0 if sys.byteorder == "little" else 1  # of the two int32 that make an int64
-
-
-class ExperienceBufferError(ValueError):
-    """A saved experience buffer cannot be read, or a path cannot take one."""
 
 
 @dataclass(frozen=True, slots=True)

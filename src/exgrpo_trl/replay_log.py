@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from .buffer.disk import sync
 from .buffer.locations import checkpoints_of, resolved
+from .buffer.parquet_layout import layout_of
 from .records import ExperienceBufferError
 
 LOG_FOLDER = "replay_log"
@@ -56,15 +57,11 @@ _NEVER_NULL = (
     "step", "last_step", "batch", "policy_version", "row", "group_size", "question_id", "num_tokens", "age", "is_fill",
     "competitor_ages", "competitor_entropies", "competitor_negative_log_likelihoods",
 )  # fmt: skip
-# Floats differ in every row; split by byte they compress, a dictionary of them does not.
+# Split by byte, floats compress better.
 _FLOATS = (
     "entropy", "negative_log_likelihood", "competitor_entropies.list.element",
     "competitor_negative_log_likelihoods.list.element", "mean_log_ratio", "drift",
 )  # fmt: skip
-_REPEATED = [
-    "competitor_ages.list.element",
-    *(name for name in LOG_SCHEMA.names if name not in _FLOATS and not name.startswith("competitor_")),
-]
 
 # A part is written again until it holds as many completions and competitors. Then the next one begins.
 PART_SIZE = 4096
@@ -72,6 +69,8 @@ MAX_PARTS = 256
 FLUSH_SECONDS = 10.0
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 _TRIES = 5
+# In memory: far more than a part has.
+_MOST_BYTES_OF_A_PART = 2**28
 
 
 # Reading
@@ -137,6 +136,9 @@ def parts_of(folder: Path) -> list[Path]:
 
 def _read_part(part: Path) -> pa.Table:
     try:
+        num_bytes = layout_of(part).num_bytes
+        if num_bytes > _MOST_BYTES_OF_A_PART:
+            raise ValueError(f"it declares {num_bytes:,} bytes")
         with pq.ParquetFile(part) as file:
             if not file.schema_arrow.equals(LOG_SCHEMA):
                 raise ValueError(f"it has the columns {file.schema_arrow.names}, expected {LOG_SCHEMA.names}")
@@ -160,6 +162,19 @@ def _fail(path: Path, what: str) -> NoReturn:
 
 
 # Writing
+
+
+def write_part(rows: pa.Table, file: Path) -> None:
+    """Write a part of a log."""
+    pq.write_table(
+        rows,
+        file,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=False,
+        column_encoding=dict.fromkeys(_FLOATS, "BYTE_STREAM_SPLIT"),
+        write_statistics=False,
+    )
 
 
 class ReplayLog:
@@ -269,14 +284,7 @@ class ReplayLog:
     def _write(self, is_durable: bool = False) -> None:
         # Under a name that is no part: whoever reads meanwhile sees the part before or after, and none is ever torn.
         temporary = self.folder / ".part.writing"
-        pq.write_table(
-            pa.concat_tables(self._part),
-            temporary,
-            compression="zstd",
-            use_dictionary=_REPEATED,
-            column_encoding=dict.fromkeys(_FLOATS, "BYTE_STREAM_SPLIT"),
-            write_statistics=False,
-        )
+        write_part(pa.concat_tables(self._part), temporary)
         if is_durable:
             sync(temporary)
         os.replace(temporary, self.folder / f"part-{self._number:05d}.parquet")

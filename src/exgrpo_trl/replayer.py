@@ -14,6 +14,8 @@ from transformers.utils import logging
 
 from .batch import COLUMNS, IDENTITY, Batch, Share
 from .buffer import RemoteBuffer, ReplayBuffer
+from .buffer.boundary import reading_state
+from .buffer.metadata_checks import check_rng
 from .checkpoints import begin_checkpoint
 from .config import ExGRPOConfig
 from .coverage import Coverage
@@ -32,13 +34,14 @@ from .records import Experience, Question, Replay, Scores
 from .replay_log import ReplayLog
 from .reuse import REASONS, settle
 from .rows import checksum
+from .saved_state import count_of, flag_of, part_of
 from .scoring import Prompted, score_candidates, without_images
 from .selection import Selection
 from .strategies import Strategies
 from .strategies.admission import Admission
 from .success import SuccessRule
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 # A batch with positions in a micro-batch, and the rows of the batch that are there.
 TrainedRows = tuple[Batch, list[int], list[int]]
@@ -102,26 +105,26 @@ class Replayer:
         self.strategies = strategies
         self.processes = processes
         self.dropped_questions = dropped_questions
-        self.questions = questions
+        self.questions: TrainingQuestions = questions
         self.success_rule = success_rule
         self.prompts = prompts
         self.score = score
-        self.replayable = Replayable(questions, prompts.token_ids)
+        self.replayable: Replayable = Replayable(questions, prompts.token_ids)
         self.buffer = buffer
         self.batch: Batch | None = None
         self.num_losses = 0
-        self.is_stopped = False
-        self.coverage = Coverage()
-        self.pacing = Pacing(args)
+        self.is_stopped: bool = False
+        self.coverage: Coverage = Coverage()
+        self.pacing: Pacing = Pacing(args)
         self._open: dict[int, Batch] = {}  # batches whose rows may still be trained, by number
         self._num_planned = 0
-        self.rng = np.random.default_rng([args.seed, 1])  # a stream apart from the buffer's
-        self.metrics = ReplayMetrics()
-        self.is_started = args.replay_start_pass_rate is None
-        self.log_ratios = LogRatios()  # of this process, since the last log line
-        self.ratio_sums = RatioSums()  # of this process, since the last batch was collected
-        self.notices = Notices(args, success_rule, requires_success=strategies.admission.requires_success)
-        self.log = ReplayLog(args.output_dir, is_on=args.replay_log, warn=logger.warning)
+        self.rng: np.random.Generator = np.random.default_rng([args.seed, 1])  # a stream apart from the buffer's
+        self.metrics: ReplayMetrics = ReplayMetrics()
+        self.is_started: bool = args.replay_start_pass_rate is None
+        self.log_ratios: LogRatios = LogRatios()  # of this process, since the last log line
+        self.ratio_sums: RatioSums = RatioSums()  # of this process, since the last batch was collected
+        self.notices: Notices = Notices(args, success_rule, requires_success=strategies.admission.requires_success)
+        self.log: ReplayLog = ReplayLog(args.output_dir, is_on=args.replay_log, warn=logger.warning)
         self._has_begun = False
         self._version_offset = 0
         self._num_drifted = 0  # candidates evicted since the last batch was collected
@@ -454,13 +457,18 @@ class Replayer:
 
         self.processes.decide("saving the experience buffer", save)
 
-    def load(self, load_buffer: Callable[[], ReplayBuffer]) -> None:
+    def load(self, load_buffer: Callable[[], ReplayBuffer], source: str) -> None:
         """
         Replace the buffer, and go on with the state that it was saved with.
 
         Args:
             load_buffer (`Callable`):
                 Loads the buffer. Called on the main process.
+            source (`str`):
+                Where it comes from, for messages.
+
+        Raises:
+            ExperienceBufferError: if the buffer, or the state that it was saved with, cannot be read.
         """
         self.batch, self._open = None, {}  # of the run before
 
@@ -468,7 +476,8 @@ class Replayer:
             self.buffer = load_buffer()
             state: Mapping[str, Any] = self.buffer.replay_state
             if state:
-                self.load_state_dict(state)
+                with reading_state(source):
+                    self.load_state_dict(state)
                 self._examine_buffer()
             else:  # a buffer that was saved by hand
                 self._begin_training()
@@ -500,18 +509,25 @@ class Replayer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, or what a version before that did."""
-        mine = state["replayer"]
-        self.is_started = mine["is_started"]
-        self.metrics.tokens_saved = mine["tokens_saved"]
-        self.rng.bit_generator.state = mine["rng"]
-        self._version_offset = mine["version_offset"]
+        """
+        Restore what `state_dict` returned, or what a version before that did.
+
+        Raises:
+            ValueError: if it is not such a state; a strategy may raise what it likes.
+        """
+        mine = part_of(state, "replayer")
+        rng = part_of(mine, "rng")
+        check_rng(rng)
+        self.is_started = flag_of(mine, "is_started")
+        self.metrics.tokens_saved = count_of(mine, "tokens_saved")
+        self.rng.bit_generator.state = rng
+        self._version_offset = count_of(mine, "version_offset")
         self.notices.load_state_dict(mine)
-        self.dropped_questions.load_state_dict(state["dropped_questions"])
-        if state.get("state_version", 1) >= 2:
-            self.strategies.load_state_dict(state["strategies"])
-            self.success_rule.load_state_dict(state["success_rule"])
-            self.coverage.load_state_dict(state["coverage"])
+        self.dropped_questions.load_state_dict(part_of(state, "dropped_questions"))
+        if "state_version" in state and count_of(state, "state_version") >= 2:
+            self.strategies.load_state_dict(part_of(state, "strategies"))
+            self.success_rule.load_state_dict(part_of(state, "success_rule"))
+            self.coverage.load_state_dict(part_of(state, "coverage"))
         if "pacing" in state:
-            self.pacing.load_state_dict(state["pacing"])
-        self.log.load_state_dict(state.get("log", {}))
+            self.pacing.load_state_dict(part_of(state, "pacing"))
+        self.log.load_state_dict(part_of(state, "log") if "log" in state else {})

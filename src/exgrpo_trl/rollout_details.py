@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .images import StoredImage, referenced, resolved, stored
-from .values import from_json, to_json
+from .images import StoredImage, images_in, referenced, resolved, stored
+from .values import from_json, may_refer, to_text
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +84,7 @@ class RolloutDetails:
         images: dict[str, StoredImage] = {}
 
         def text(value: Any, what: str) -> str | None:
-            return None if value is None else json.dumps(to_json(referenced(stored(value, images)), what))
+            return None if value is None else to_text(referenced(stored(value, images)), what)
 
         runs = b"" if is_model is None else _runs(np.asarray(is_model)).tobytes()
         rewards_text = None
@@ -100,6 +100,12 @@ class RolloutDetails:
             rewards_text,
         )
         return cls(*parts, tuple(images.values())) if any(parts) else None
+
+    @property
+    def texts(self) -> list[str]:
+        """The JSON texts that are there."""
+        texts = (self.messages_text, self.prompt_text, self.fields_text, self.rewards_text)
+        return [text for text in texts if text is not None]
 
     @property
     def run_lengths(self) -> NDArray[np.int32]:
@@ -136,6 +142,55 @@ class RolloutDetails:
             return None
         value = from_json(text)
         return resolved(value, {image.digest: image for image in self.images}) if self.images else value
+
+
+def check_texts(details: RolloutDetails, known_rewards: set[str]) -> None:
+    """
+    Check that the texts of details from a file are what [`RolloutDetails.create`] makes, so that no later step fails.
+
+    Args:
+        details ([`RolloutDetails`]):
+            The details.
+        known_rewards (`set[str]`):
+            Texts of rewards that were checked before, to which these are added: many completions have the same.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    for name, text in (("messages", details.messages_text), ("shown_prompt", details.prompt_text)):
+        if text is not None:
+            value = _checked_value(name, text, details.images)
+            if not isinstance(value, str) and not _is_list_of_dicts(value):
+                raise ValueError(f"`{name}` is neither text nor a list of messages")
+    if details.fields_text is not None:
+        value = _checked_value("fields", details.fields_text, details.images)
+        if not isinstance(value, dict) or not all(type(name) is str for name in value):
+            raise ValueError("`fields` is no object")
+    if details.rewards_text is not None and details.rewards_text not in known_rewards:
+        rewards = _checked_value("rewards", details.rewards_text, ())
+        if not isinstance(rewards, dict) or not all(map(_is_reward, rewards.values())):
+            raise ValueError("`rewards` is no object of numbers")
+        known_rewards.add(details.rewards_text)
+
+
+def _checked_value(name: str, text: str, images: Sequence[StoredImage]) -> Any:
+    try:
+        value = from_json(text)
+    except ValueError as error:
+        raise ValueError(f"`{name}` is not JSON of a rollout: {error}") from error
+    if may_refer(text):
+        missing = {image.digest for image in images_in(value)}.difference([image.digest for image in images])
+        if missing:
+            raise ValueError(f"`{name}` refers to the images {sorted(missing)}, which its completion has not")
+    return value
+
+
+def _is_list_of_dicts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(message, dict) for message in value)
+
+
+def _is_reward(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**53)
 
 
 def is_model_of(run_lengths: NDArray[np.int32], num_tokens: int) -> NDArray[np.bool_]:

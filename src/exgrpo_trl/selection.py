@@ -53,7 +53,7 @@ class Selection:
         self.replayable = replayable
         self.args = args
         self.strategies = strategies
-        self.stored_per_group = args.stored_per_group if stored_per_group is None else stored_per_group
+        self.stored_per_group: int = args.stored_per_group if stored_per_group is None else stored_per_group
         self.questions: dict[str, Question] = {}
         self.candidates: dict[str, list[Candidate]] = {}
         self.groups: dict[str, Sequence[Sequence[Experience]]] = {}

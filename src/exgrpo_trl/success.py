@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .saved_state import lists_of_texts_of
+
+logger: Any = logging.get_logger(__name__)
 
 WEIGHTED_SUM = "weighted_sum"
 
@@ -52,7 +54,7 @@ class SuccessRule:
         if list(names) != self.names:
             self.names, self._known = list(names), set()
             self._check_name()
-        self.weights = np.asarray(weights, dtype=float)
+        self.weights: np.ndarray = np.asarray(weights, dtype=float)
         self.threshold = threshold
 
     def _check_name(self) -> None:
@@ -148,7 +150,7 @@ class SuccessRule:
         """Restore what `state_dict` returned; reward functions that are gone are forgotten."""
         self._known = {
             frozenset(self.names.index(name) for name in names)
-            for names in state["judges"]
+            for names in lists_of_texts_of(state, "judges")
             if set(names) <= set(self.names)
         }
 

@@ -66,7 +66,7 @@ def _path_or(buffer: Any, otherwise: str) -> str:
     return str(buffer) if isinstance(buffer, str | os.PathLike) else otherwise
 
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 
 class ExGRPOTrainer(GenerationHooks):
@@ -194,7 +194,7 @@ class ExGRPOTrainer(GenerationHooks):
         super().__init__(model, reward_funcs, args, *positional, **keywords)
 
         questions = self._training_questions()
-        self.replayer = Replayer(
+        self.replayer: Replayer = Replayer(
             buffer,
             args,
             strategies,
@@ -424,7 +424,8 @@ class ExGRPOTrainer(GenerationHooks):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._is_replay_enabled and checkpoint is not None:
             check_batch_size(self._train_batch_size, self.args)
-            self.replayer.load(lambda: self._load_buffer(os.path.join(checkpoint, "experience_buffer")))
+            path = os.path.join(checkpoint, "experience_buffer")
+            self.replayer.load(lambda: self._load_buffer(path), path)
             self._buffered_inputs = None  # rows of a batch that a run before has left
         super()._load_optimizer_and_scheduler(checkpoint)
 

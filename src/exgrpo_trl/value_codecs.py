@@ -15,7 +15,13 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 # What a text that no codec wrote raises on its way back.
-MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+MALFORMED = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+# NumPy parses more as the text of a dtype than we ever write.
+_DTYPE_TEXT = re.compile(r"[<>|=]?[?A-Za-z]\d{0,10}(\[\d{0,10}[A-Za-z]{1,2}\])?")
+# Those of torch; other names may be those of modules, which it imports when asked.
+_TENSOR_DTYPE = re.compile(r"bool|bfloat16|(u?int|float|complex)\d{1,3}\w{0,20}")
+# Items without a byte, which cost nothing in a text.
+_MOST_EMPTY_ITEMS = 2**16
 # Dtypes that NumPy and torch give the same name.
 _COMMON_DTYPES = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)")
 
@@ -60,7 +66,10 @@ def shape_of(fields: Mapping[str, Any], num_items: int) -> tuple[int, ...]:
 
 def _num_items(content: bytes, itemsize: int, fields: Mapping[str, Any]) -> int:
     if itemsize == 0:  # an array of empty strings has no bytes
-        return math.prod(fields["shape"])
+        num_items = math.prod(fields["shape"])
+        if content or num_items > _MOST_EMPTY_ITEMS:
+            raise ValueError(f"{num_items} items without a byte are too many")
+        return num_items
     if len(content) % itemsize:
         raise ValueError(f"{len(content)} bytes are no whole number of items of {itemsize} bytes")
     return len(content) // itemsize
@@ -145,6 +154,8 @@ def _dtype_from_json(described: Any) -> np.dtype[Any]:
         )
 
     if isinstance(described, str):
+        if not _DTYPE_TEXT.fullmatch(described):
+            raise ValueError(f"{described[:40]!r} is no dtype")
         dtype = np.dtype(described)
     else:
         dtype = np.lib.format.descr_to_dtype([field(part) for part in described])
@@ -233,7 +244,7 @@ def _tensor_of(fields: dict[str, Any]) -> Any:
         _check_booleans(content)
     if torch is None:
         return _tensor_as_array(fields, content)
-    dtype = getattr(torch, name)
+    dtype = getattr(torch, name) if _TENSOR_DTYPE.fullmatch(name) else None
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"torch.{name} is no dtype")
     shape = shape_of(fields, _num_items(content, dtype.itemsize, fields))

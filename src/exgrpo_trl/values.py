@@ -37,7 +37,11 @@ from .value_codecs import (
     zone_of,
 )
 
+# Levels of a JSON text: everything that walks a value calls itself once or twice for each of them.
+MAX_DEPTH = 200
 _TYPE_KEY = "__exgrpo_type__"
+# With texts as a whole, as brackets in them are none.
+_BRACKETS = re.compile(r'[\[\]{}]|"(?:[^"\\]|\\.)*+"')
 # What a reference to an image is as text. Quotes inside of JSON strings are escaped: no text is taken for one.
 _REFERENCE = re.compile(rf'{{"{_TYPE_KEY}": "image_reference", "digest": "([^"]*)"}}')
 
@@ -72,12 +76,50 @@ def from_json(text: str) -> Any:
     Value of a JSON text that [`to_json`] gave.
 
     Raises:
-        ValueError: if the text is anything else.
+        ValueError: if the text is anything else, or nested more than `MAX_DEPTH` levels deep.
     """
+    if is_too_deep(text):
+        raise ValueError(f"An encoded example is nested more than {MAX_DEPTH} levels deep.")
+    decoder = _DECODER if _TYPE_KEY in text else _PLAIN_DECODER
     try:
-        return _DECODER.decode(text)
+        # What `decode` does, which looks for spaces around the value first; ours has none.
+        value, end = decoder.raw_decode(text) if text[:1] in _STARTS else (None, -1)
+        return value if end == len(text) else decoder.decode(text)
     except RecursionError as error:
         raise ValueError("An encoded example is nested too deeply.") from error
+
+
+def to_text(value: Any, column: str | None = None) -> str:
+    """
+    JSON text of a value; [`from_json`] is the way back.
+
+    Raises:
+        TypeError: if the value cannot be stored, see [`to_json`], or is nested too deeply.
+    """
+    text = json.dumps(to_json(value, column))
+    if is_too_deep(text):
+        raise TypeError(
+            f"{'A row' if column is None else f'Column {column!r}'} is nested more than {MAX_DEPTH} levels deep as "
+            "JSON, which an experience buffer cannot save."
+        )
+    return text
+
+
+def is_too_deep(text: str) -> bool:
+    """Whether a JSON text is nested more than `MAX_DEPTH` levels deep."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return False
+    depth = 0
+    for token in _BRACKETS.findall(text):
+        depth += 1 if token in ("[", "{") else -1 if token in ("]", "}") else 0
+        if depth > MAX_DEPTH:
+            return True
+    return False
+
+
+def may_refer(text: str) -> bool:
+    """Whether there may be references to images in the value of a JSON text."""
+    return _TYPE_KEY in text
 
 
 def referenced_digests(text: str) -> list[str]:
@@ -141,7 +183,10 @@ def _from_fields(fields: dict[str, Any]) -> Any:
         raise ValueError(f"An encoded example holds a malformed value of type {name!r}: {error}") from error
 
 
-# Made once: `json.loads` makes a decoder for every text.
+# Of texts that are an object, a list or a text.
+_STARTS = ("{", "[", '"')
+# Made once: `json.loads` makes a decoder for every text. Most hold plain JSON, which is read several times faster.
+_PLAIN_DECODER = json.JSONDecoder()
 _DECODER = json.JSONDecoder(object_hook=_from_fields)
 
 

@@ -369,7 +369,7 @@ def test_groups_that_are_not_whole_are_refused(tmp_path, values, message):
         (lambda table: table.slice(4), "."),
         (with_column("question", lambda _: [0] * 6 + [1] * 6), "has 2 rows"),
         (with_column("token_ids", lambda values: values[:4] + values[:4] + values[8:]), "contradicts itself"),
-        (with_column("age_rank", lambda values: [values[1], *values[1:]]), "contradicts itself"),
+        (with_column("age_rank", lambda values: [values[1], *values[1:]]), "`age_rank` is there once"),
         (lambda table: table.drop_columns(["group"]), "has the columns"),
     ],
 )

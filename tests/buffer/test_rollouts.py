@@ -17,7 +17,7 @@ import pytest
 from rewriting import rewritten, with_column
 
 from exgrpo_trl import Experience, ExperienceBuffer, ExperienceBufferError, Question, RolloutDetails, StoredImage
-from exgrpo_trl.buffer import detail_columns, files, metadata, tables
+from exgrpo_trl.buffer import detail_columns, metadata, restoring, tables
 from exgrpo_trl.images import stored
 
 Image = pytest.importorskip("PIL.Image")
@@ -335,8 +335,8 @@ def test_files_of_earlier_versions(tmp_path, version):
     collect(buffer, ask("a"), make(1, 2), make(3))
     path = tmp_path / "buffer"
     buffer.save(path)
-    later = [name for name, added_in in files._ADDED_IN.items() if added_in > version]
-    assert set(files._ADDED_IN) == set(tables.LATER_COLUMNS)
+    later = [name for name, added_in in restoring._ADDED_IN.items() if added_in > version]
+    assert set(restoring._ADDED_IN) == set(tables.LATER_COLUMNS)
     if version < 3:
         (path / "images.parquet").unlink()
     about = json.loads((path / "metadata.json").read_text())

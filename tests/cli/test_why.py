@@ -7,11 +7,10 @@ import sys
 import time
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from exgrpo_trl.cli import main
-from exgrpo_trl.replay_log import LOG_SCHEMA, parts_of
+from exgrpo_trl.replay_log import LOG_SCHEMA, parts_of, write_part
 
 TRAIN = """
 import sys
@@ -34,8 +33,7 @@ def run(tmp_path_factory):
         [sys.executable, "-c", TRAIN, str(path)],
         cwd=folder,
         check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
     )
     return path
 
@@ -63,7 +61,7 @@ def hand_made(folder, *rows):
     }  # fmt: skip
     (folder / "replay_log").mkdir()
     table = pa.Table.from_pylist([plain | row for row in rows], schema=LOG_SCHEMA)
-    pq.write_table(table, folder / "replay_log" / "part-00000.parquet")
+    write_part(table, folder / "replay_log" / "part-00000.parquet")
     return folder
 
 

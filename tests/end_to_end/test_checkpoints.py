@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from rewriting import rewrite_metadata
 from tiny import lora_config, make_trainer, parameters_of, tiny_dataset, tiny_tokenizer
 
 from exgrpo_trl import ExperienceBuffer, ExperienceBufferError
@@ -194,6 +195,12 @@ DAMAGES = {
     "flipped_bit": lambda folder: flip_bit(folder / "completions.parquet"),
     "flipped_bit_in_metadata": lambda folder: flip_bit(folder / "metadata.json"),
     "no_metadata": lambda folder: (folder / "metadata.json").unlink(),
+    # With right checksums, as a stranger may write them.
+    "other_metadata": lambda folder: rewrite_metadata(folder, lambda about: about["counts"].update(tokens=2**62)),
+    "other_state": lambda folder: rewrite_metadata(folder, lambda about: about["replay_state"]["replayer"].clear()),
+    "other_state_of_strategies": lambda folder: rewrite_metadata(
+        folder, lambda about: about["replay_state"]["strategies"].update(weighting=[1])
+    ),
 }
 
 

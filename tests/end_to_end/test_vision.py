@@ -20,7 +20,7 @@ from watched import WatchedTrainer, pixels_of
 from exgrpo_trl import ExGRPOTrainer
 
 TRL = Version(trl.__version__)
-MANY = Version("1.10") <= TRL  # several images a row, of every kind of model
+MANY = Version("1.11") <= TRL  # several images a row, of every kind of model
 
 KINDS = {
     "grid": ("grid", {}),

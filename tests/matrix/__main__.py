@@ -3,10 +3,10 @@ Run what has to hold on every supported release of TRL (contract.txt) on each of
 
     python -m tests.matrix                              # the last release of every minor version, the newest first
     python -m tests.matrix --releases 1.8.0 1.14.2      # these
-    python -m tests.matrix --write                      # takes table and signatures into the project
+    python -m tests.matrix --write                      # takes outcomes and signatures into docs/compatibility.md
 
 One environment serves all: each TRL lies in a folder of its own, before which nothing else is looked for. The oldest
-comes with the oldest transformers. The hooks are compared with the signatures of every release, patches included.
+comes with the oldest transformers, and those before 1.8 with the last that parse tool calls as they do. The hooks are compared with the signatures of every release, patches included.
 """
 
 import argparse
@@ -27,10 +27,13 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 CONTRACT = HERE / "contract.txt"
 SIGNATURES = HERE / "signatures.json"
+OUTCOMES = HERE / "outcomes.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 OLDEST = Version("1.0.0")
 # With the oldest TRL, its oldest transformers and what they need.
 FLOOR = ("transformers==4.56.2", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
+# Before TRL 1.8, the last that parse tool calls as TRL does.
+BEFORE_1_8 = ("transformers==5.12.0", "huggingface_hub==1.33.0", "tokenizers==0.22.2")
 
 
 @dataclass
@@ -71,10 +74,11 @@ def last_of_each_minor(releases: list[Version]) -> list[Version]:
 
 
 def installed(release: Version, folder: Path) -> Path:
-    """The folder that has a release of TRL and nothing else; the oldest has its transformers, too."""
+    """The folder that has a release of TRL, with the transformers of its time where it needs them."""
     place = folder / str(release)
     if not (place / "trl").exists():
-        wanted = [f"trl=={release}", *(FLOOR if release == OLDEST else ())]
+        of_its_time = FLOOR if release == OLDEST else BEFORE_1_8 if release < Version("1.8") else ()
+        wanted = [f"trl=={release}", *of_its_time]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*pip, "--target", str(place), *wanted], check=True)
     return place
@@ -198,6 +202,13 @@ def main() -> int:
             for name in outcome.failed:
                 print(f"    FAILED {name}", flush=True)
     if arguments.write:
+        made = (
+            {outcome["release"]: outcome for outcome in json.loads(OUTCOMES.read_text())} if OUTCOMES.exists() else {}
+        )
+        made |= {outcome.release: vars(outcome) for outcome in outcomes}
+        newest_first = [made[release] for release in sorted(made, key=Version, reverse=True)]
+        OUTCOMES.write_text(json.dumps(newest_first, indent=1) + "\n")
+        outcomes = [Outcome(**outcome | {"skipped": Counter(outcome["skipped"])}) for outcome in newest_first]
         signatures = {str(release): signatures_of(installed(release, arguments.folder)) for release in every}
         SIGNATURES.write_text(json.dumps(signatures, indent=1).replace("\n   ", " ").replace("\n  ]", "]") + "\n")
         write_between(PAGE, "matrix", table(outcomes))

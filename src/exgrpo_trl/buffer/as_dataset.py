@@ -12,10 +12,12 @@ import pyarrow as pa
 
 from ..images import StoredImage, map_images, pixel_digest
 from ..records import Experience, Question, Reuse
+from ..rollout_details import check_texts
 from ..values import plain
 from .detail_columns import DETAIL_SCHEMA, details_from_columns, details_to_arrays, require
 from .image_files import example_from_text, example_to_text
 from .image_pool import stored_images_in
+from .metadata_checks import parsed
 from .reuse_columns import REUSE_SCHEMA, reuse_from_table, reuse_to_arrays
 from .tables import (
     EXPERIENCE_SCHEMA,
@@ -139,6 +141,19 @@ def completions_to_dataset(
     return Dataset(_with_features(table) if has_rollouts else table)
 
 
+def check_is_dataset(dataset: Any) -> None:
+    """
+    Check the kind of an argument.
+
+    Raises:
+        TypeError: if it is not a dataset.
+    """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"Expected a datasets.Dataset, got {type(dataset).__name__}; pick one split of a DatasetDict.")
+
+
 def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
     """
     What is in every row of a dataset; the inverse of [`completions_to_dataset`].
@@ -148,13 +163,8 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
             Dataset with the columns of [`completions_to_dataset`].
 
     Raises:
-        TypeError: if it is not a dataset.
         ValueError: if a column is missing or holds something else.
     """
-    from datasets import Dataset
-
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"Expected a datasets.Dataset, got {type(dataset).__name__}; pick one split of a DatasetDict.")
     needed = [name for name in DATASET_SCHEMA.names if name not in LATER_COLUMNS]
     if missing := [name for name in needed if name not in dataset.column_names]:
         raise ValueError(
@@ -164,11 +174,14 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
     read = [*_IMPORTED_SCHEMA.names, "images", "image_digests", "details"]
     read = [name for name in read if name in dataset.column_names]
     images: dict[str, StoredImage] = {}
+    known_rewards: set[str] = set()
     question = None
     text = ""
     # Images make rows large.
     batch_size = 64 if "images" in read else 1024
     for table in dataset.select_columns(read).with_format("arrow").iter(batch_size=batch_size):
+        # Files of Arrow are used as they are: an offset may point anywhere.
+        table.validate(full=True)
         try:
             batch = with_later_columns(table, _IMPORTED_SCHEMA).select(_IMPORTED_SCHEMA.names).cast(_IMPORTED_SCHEMA)
             details = _detail_columns(table)
@@ -182,7 +195,10 @@ def completions_from_dataset(dataset: Dataset) -> Iterator[ImportedRow]:
             require(not batch.column(name).null_count, f"`{name}` is never null")
         for of_row in zip(digests, contents, strict=True):
             _add_images(images, *of_row)
-        experiences = experiences_from_table(batch, details_from_columns(details, num_tokens_in(batch), images))
+        all_details = details_from_columns(details, num_tokens_in(batch), images)
+        for details_of_row in filter(None, all_details):
+            check_texts(details_of_row, known_rewards)
+        experiences = experiences_from_table(batch, all_details)
         columns = (batch.column(name).to_pylist() for name in (*QUESTION_SCHEMA.names, *GROUP_SCHEMA.names))
         rows = zip(experiences, reuse_from_table(batch), *columns, strict=True)
         for experience, reuse, question_id, example, bucket, group in rows:
@@ -205,10 +221,9 @@ def provenance_from_dataset(dataset: Dataset) -> dict[str, Any]:
     texts = dataset.select_columns([PROVENANCE]).with_format(None).unique(PROVENANCE)
     for text in filter(None, texts):
         try:
-            found = json.loads(text)
-            pairs = found.items()
+            pairs = parsed(text).items()
         except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"The column {PROVENANCE!r} must hold a JSON object, got {text!r}.") from error
+            raise ValueError(f"The column {PROVENANCE!r} must hold a JSON object, got {str(text)[:200]!r}.") from error
         for name, value in pairs:
             if provenance.setdefault(name, value) != value:
                 raise ValueError(
@@ -308,10 +323,12 @@ def _pylist(table: pa.Table, name: str) -> list[Any]:
 def _add_images(images: dict[str, StoredImage], digests: list[str] | None, files: list[dict[str, Any]] | None) -> None:
     """Put the images of a row into `images` by digest, which must be that of their pixels."""
     digests, files = digests or [], files or []
+    require(isinstance(digests, list) and isinstance(files, list), "`images` and `image_digests` are lists")
     require(len(digests) == len(files), "`images` has an image for each of `image_digests`")
     for digest, file in zip(digests, files, strict=True):
-        content = (file or {}).get("bytes") or b""
-        require(bool(content), "images are bytes, not paths")
+        content = file.get("bytes") if isinstance(file, dict) else None
+        if not isinstance(content, bytes) or not content or not isinstance(digest, str):
+            raise ValueError("Stored completions break a rule: images are bytes, not paths.")
         known = images.get(digest)
         if known is not None and known.content == content:
             continue

@@ -17,7 +17,15 @@ from ..values import plain
 from .groups import check_whole
 from .indices import BucketView
 from .invariants import violations
-from .settings import COMPLETION, GROUP, check_limits, checked_count, checked_size, checked_unit
+from .settings import (
+    COMPLETION,
+    GROUP,
+    MAX_GROUP_SIZE,
+    check_limits,
+    checked_count,
+    checked_size,
+    checked_unit,
+)
 from .store import Store
 from .stored_questions import StoredCompletions, StoredGroups, StoredQuestion
 
@@ -38,7 +46,8 @@ class ExperienceBuffer:
 
     Args:
         group_size (`int`, *optional*):
-            Completions per question at training time (K). By default that of the first collected group.
+            Completions per question at training time (K), at most 65,536. By default that of the first collected
+            group.
         capacity (`int`, *optional*):
             Most completions kept. Beyond it `eviction` decides; by default the oldest policy version goes first.
         max_completions_per_question (`int`, *optional*):
@@ -66,7 +75,8 @@ class ExperienceBuffer:
             had the same ones in the same order.
 
     Raises:
-        ValueError: if a size is below 1, the unit is none, or a limit could never hold a group that is kept whole.
+        ValueError: if a size is below 1 or huge, the unit is none, or a limit could never hold a group that is kept
+            whole.
     """
 
     def __init__(
@@ -80,17 +90,17 @@ class ExperienceBuffer:
         unit: str = COMPLETION,
     ) -> None:
         self._unit = checked_unit(unit)
-        self._group_size = checked_size("group_size", group_size)
+        self._group_size = checked_size("group_size", group_size, MAX_GROUP_SIZE)
         self._capacity = checked_size("capacity", capacity)
         self._max_per_question = checked_size("max_completions_per_question", max_completions_per_question)
         self._check_limits(self._group_size, self._capacity, self._max_per_question)
         self._retire_solved = retire_solved
         self.eviction: EvictionFunction = Oldest()
-        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.rng: np.random.Generator = np.random.Generator(np.random.PCG64(seed))
         self.provenance: dict[str, Any] = {}
         self.replay_state: dict[str, Any] = {}
-        self.num_evicted = 0
-        self.num_duplicates = 0
+        self.num_evicted: int = 0
+        self.num_duplicates: int = 0
         self._store = Store(StoredGroups if self._unit == GROUP else StoredCompletions)
         self._retired: dict[str, None] = {}
 
@@ -306,7 +316,7 @@ class ExperienceBuffer:
                     f"`experiences` must be Experience objects, got {type(experience).__name__}; build them with "
                     "Experience.create(...)."
                 )
-        group_size = checked_size("group_size", group_size) or 0
+        group_size = checked_size("group_size", group_size, MAX_GROUP_SIZE) or 0
         if group_size != (self._group_size or group_size):
             raise ValueError(
                 f"This experience buffer holds groups of {self._group_size}, got `group_size`={group_size}. Keep "
@@ -469,13 +479,18 @@ class ExperienceBuffer:
         """
         Load a saved buffer, which goes on exactly as the saved one would have.
 
+        The files may be a stranger's. They are data: nothing of them is executed, and nothing is written. What they
+        decode to is bounded, whatever sizes they declare: by 64 times their size, or by 512 MiB where that is more.
+        Images are decoded when they are used.
+
         Args:
             path (`str` or `os.PathLike`):
                 Directory that [`~ExperienceBuffer.save`] wrote, a checkpoint that contains one, or the directory of a
                 run: then it is the buffer of its newest complete checkpoint.
 
         Raises:
-            ExperienceBufferError: if it is missing, damaged, incomplete, or written by a newer version.
+            ExperienceBufferError: if it is missing, damaged, incomplete, malformed, asks for more memory, or was
+                written by a newer version. The message names the file and what is wrong with it.
         """
         from .files import load_buffer
 
@@ -504,8 +519,9 @@ class ExperienceBuffer:
                 Further arguments of [`ExperienceBuffer`].
 
         Raises:
-            ValueError: if a column is missing or holds something else, the provenance of two rows differs, or a group
-                is not whole.
+            ExperienceBufferError: if a column is missing or holds something else, the provenance of two rows differs,
+                or a group is not whole.
+            TypeError: if `dataset` is no dataset.
         """
         from .from_dataset import fill_from_dataset
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..images import StoredImage
-from ..records import Experience, ExperienceBufferError, Question, Reuse
-from .detail_columns import DETAIL_SCHEMA, details_from_columns, details_to_arrays, require
+from .boundary import reading
+from .detail_columns import details_to_arrays
 from .disk import rename, sync
-from .groups import whole_groups
-from .image_files import example_from_text, example_to_text, read_images, write_images
+from .garbage import without_collection
+from .image_files import example_to_text, read_images, write_images
+from .limits import Budget, json_bytes, row_bytes
 from .locations import find_buffer, hidden_names, resolved
 from .metadata import (
     COMPLETIONS_FILE,
@@ -34,46 +35,22 @@ from .metadata import (
     metadata_text,
     read_metadata,
 )
-from .reuse_columns import REUSE_SCHEMA, reuse_from_table, reuse_to_arrays
+from .parquet_layout import layout_of
+from .restoring import COMPLETION_SCHEMA, RETIRED_SCHEMA, restored
+from .reuse_columns import reuse_to_arrays
 from .settings import GROUP
 from .tables import (
-    EXPERIENCE_SCHEMA,
-    GROUP_SCHEMA,
     QUESTION_SCHEMA,
-    array_of,
     bounded,
     bytes_of,
-    experiences_from_table,
     experiences_to_arrays,
     group_numbers,
-    num_tokens_in,
-    row_groups,
-    with_later_columns,
 )
 
 if TYPE_CHECKING:
     from .buffer import ExperienceBuffer
 
 Buffer = TypeVar("Buffer", bound="ExperienceBuffer")
-
-# `question` is a row number of the questions file. `age_rank` orders the completions of a policy version, which need
-# not be the order of the rows: these go by question.
-COMPLETION_SCHEMA = pa.unify_schemas(
-    [
-        pa.schema([("question", pa.int64()), ("age_rank", pa.int64())]),
-        EXPERIENCE_SCHEMA,
-        DETAIL_SCHEMA,
-        REUSE_SCHEMA,
-        GROUP_SCHEMA,
-    ]
-)
-# Schema version that wrote a column first, where that is not the first one.
-_ADDED_IN = {
-    "prompt_hash": 2,
-    **dict.fromkeys(DETAIL_SCHEMA.names, 3),
-    **dict.fromkeys((*REUSE_SCHEMA.names, *GROUP_SCHEMA.names), 4),
-}
-RETIRED_SCHEMA = pa.schema([("question_id", pa.string())])
 
 
 def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
@@ -118,9 +95,13 @@ def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+@without_collection()
 def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer]) -> Buffer:
     """
     Load a buffer that [`save_buffer`] wrote; it goes on exactly as the saved one would have.
+
+    The files may come from a stranger: they are data, of which nothing is executed, and nothing is written. What they
+    decode to is bounded before it is decoded, by 64 times their size, or 512 MiB where that is more.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -129,18 +110,27 @@ def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer]) -> Buf
             Class of the buffer, with the constructor of [`ExperienceBuffer`].
 
     Raises:
-        ExperienceBufferError: if it is missing, damaged, incomplete, or written by a newer version.
+        ExperienceBufferError: if it is missing, damaged, incomplete, malformed, asks for too much memory, or was
+            written by a newer version. The message names the file and what is wrong with it.
     """
-    source = find_buffer(path)
-    try:
-        return _read_files(source, buffer_class)
-    except ExperienceBufferError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, IndexError, pa.ArrowException) as error:
-        fail(source, f"cannot be read ({type(error).__name__}: {error}). {RESUME_HINT}", error)
+    return _read_files(find_buffer(path), buffer_class)
 
 
 def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
+    if _write_data(buffer, directory, "zstd").is_exceeded:
+        # What is the same all over compresses so well that it would be taken for an attack.
+        _write_data(buffer, directory, "none")
+    with ThreadPoolExecutor(1) as executor:
+        # The disk takes them while their checksums are computed.
+        synced = executor.submit(_sync_data, directory)
+        text = metadata_text(described(buffer), directory)
+        synced.result()
+    (directory / METADATA_FILE).write_text(text, encoding="ascii")
+    sync(directory / METADATA_FILE)
+
+
+def _write_data(buffer: ExperienceBuffer, directory: Path, compression: str) -> Budget:
+    """Write the data files; returns what a load of them will ask for."""
     # Bucket by bucket, so that every list of question ids comes back in its order.
     questions = [(question_id, bucket) for bucket, ids in buffer.buckets().items() for question_id in ids]
     images: dict[str, StoredImage] = {}
@@ -148,8 +138,10 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
         (question_id, example_to_text(buffer.question(question_id).example, images), bucket)
         for question_id, bucket in questions
     )
-    with _writer(directory / QUESTIONS_FILE, QUESTION_SCHEMA) as file:
+    num_value_bytes = 0
+    with _writer(directory / QUESTIONS_FILE, QUESTION_SCHEMA, compression) as file:
         for some in bounded(texts, lambda row: len(row[1])):
+            num_value_bytes += sum(json_bytes(text) for _, text, _ in some)
             file.write_batch(pa.record_batch(list(zip(*some, strict=True)), schema=QUESTION_SCHEMA))
 
     ranks = {experience: rank for rank, (experience, _) in enumerate(buffer._store.versions)}
@@ -162,7 +154,7 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
     num_written = 0
     # Split by byte, log-probabilities compress better and several times faster.
     encoding = {"behavior_per_token_logps.list.element": "BYTE_STREAM_SPLIT"}
-    with _writer(directory / COMPLETIONS_FILE, COMPLETION_SCHEMA, column_encoding=encoding) as file:
+    with _writer(directory / COMPLETIONS_FILE, COMPLETION_SCHEMA, compression, column_encoding=encoding) as file:
         for batch in bounded(rows, lambda row: bytes_of(row[2])):
             *keys, experiences = zip(*batch, strict=True)
             details = [experience.details for experience in experiences]
@@ -176,16 +168,15 @@ def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
             num_written += len(batch)
     write_images(directory / IMAGES_FILE, images.values())
 
-    with _writer(directory / RETIRED_FILE, RETIRED_SCHEMA) as file:
+    with _writer(directory / RETIRED_FILE, RETIRED_SCHEMA, compression) as file:
         file.write_batch(pa.record_batch([pa.array(list(buffer.retired), pa.string())], schema=RETIRED_SCHEMA))
 
-    with ThreadPoolExecutor(1) as executor:
-        # The disk takes them while their checksums are computed.
-        synced = executor.submit(_sync_data, directory)
-        text = metadata_text(described(buffer), directory)
-        synced.result()
-    (directory / METADATA_FILE).write_text(text, encoding="ascii")
-    sync(directory / METADATA_FILE)
+    budget = Budget(sum((directory / name).stat().st_size for name in DATA_FILES))
+    budget.spent = num_value_bytes
+    for name in DATA_FILES:
+        num_rows, num_bytes = layout_of(directory / name)
+        budget.spent += num_bytes + row_bytes(num_rows, is_id=name == RETIRED_FILE)
+    return budget
 
 
 def _sync_data(directory: Path) -> None:
@@ -193,98 +184,53 @@ def _sync_data(directory: Path) -> None:
         sync(directory / name)
 
 
-def _writer(file: Path, schema: pa.Schema, **kwargs: Any) -> pq.ParquetWriter:
-    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
+def _writer(file: Path, schema: pa.Schema, compression: str, **kwargs: Any) -> pq.ParquetWriter:
+    # `layout_of` refuses any other layout.
+    options = {"compression": compression, "use_dictionary": False, "write_statistics": False}
+    options |= {"compression_level": 1} if compression == "zstd" else {}
     return pq.ParquetWriter(file, schema, **options, **kwargs)
 
 
 def _read_files(directory: Path, buffer_class: type[Buffer]) -> Buffer:
     metadata = read_metadata(directory)
-    version = metadata["schema_version"]
-    for name in data_files(version):
+    names = data_files(metadata["schema_version"])
+    for name in names:
         if not (directory / name).is_file():
             fail(directory, f"has no {name}. {RESUME_HINT}")
     with ThreadPoolExecutor(1) as executor:
-        checks = {name: executor.submit(check_file, directory, name, metadata) for name in data_files(version)}
+        checks = {name: executor.submit(_check_file, directory, name, metadata) for name in names}
         try:
             # They are read meanwhile, as nothing looks into them; what becomes of them is dropped if damage is found.
-            images = read_images(directory / IMAGES_FILE) if IMAGES_FILE in checks else {}
+            budget = _checked_budget(directory, names, metadata["counts"])
+            images: dict[str, StoredImage] = {}
+            if IMAGES_FILE in checks:
+                with reading(directory, IMAGES_FILE):
+                    images = read_images(directory / IMAGES_FILE)
             for name, check in checks.items():
                 if name != IMAGES_FILE:
                     check.result()
-            return _restored(directory, metadata, buffer_class, images)
+            return restored(directory, metadata, buffer_class, images, budget)
         finally:
             for check in checks.values():
                 check.result()  # whatever went wrong, damage is the reason
 
 
-def _restored(
-    directory: Path, metadata: dict[str, Any], buffer_class: type[Buffer], images: dict[str, StoredImage]
-) -> Buffer:
-    version = metadata["schema_version"]
-    buffer = buffer_class(**metadata["settings"])
-    buffer.rng.bit_generator.state = metadata["rng"]
-    buffer.provenance, buffer.replay_state = metadata["provenance"], metadata["replay_state"]
-    counts = metadata["counts"]
-    buffer.num_evicted, buffer.num_duplicates = counts["evicted"], counts["duplicates"]
-
-    questions = [
-        (Question(row["question_id"], example_from_text(row["example"], images)), row["bucket"])
-        for batch in row_groups(directory / QUESTIONS_FILE, QUESTION_SCHEMA)
-        for row in batch.to_pylist()
-    ]
-    completions: list[list[Experience]] = [[] for _ in questions]
-    by_age: list[tuple[Experience, str] | None] = [None] * counts["completions"]
-    group_of_row: list[list[int | None]] = [[] for _ in questions]
-    reuse: dict[Experience, Reuse] = {}
-    written = pa.schema([field for field in COMPLETION_SCHEMA if _ADDED_IN.get(field.name, 1) <= version])
-    for batch in row_groups(directory / COMPLETIONS_FILE, written):
-        table = with_later_columns(batch, COMPLETION_SCHEMA)
-        details = details_from_columns(
-            {name: array_of(table, name) for name in DETAIL_SCHEMA.names}, num_tokens_in(table), images
-        )
-        rows, ranks = table.column("question").to_pylist(), table.column("age_rank").to_pylist()
-        experiences = experiences_from_table(table, details)
-        records = zip(experiences, reuse_from_table(table), strict=True)
-        reuse.update((experience, record) for experience, record in records if record is not None)
-        for row, rank, experience in zip(rows, ranks, experiences, strict=True):
-            completions[row].append(experience)
-            by_age[rank] = (experience, questions[row][0].question_id)
-        if buffer.unit == GROUP:
-            for row, number in zip(rows, table.column("group").to_pylist(), strict=True):
-                group_of_row[row].append(number)
-        else:
-            require(table.column("group").null_count == len(table), "single completions are in no group")
-    retired = [
-        question_id
-        for batch in row_groups(directory / RETIRED_FILE, RETIRED_SCHEMA)
-        for question_id in batch.column("question_id").to_pylist()
-    ]
-    parts = [
-        (question, bucket, _groups_of(question, stored, numbers, buffer.group_size or 0) if numbers else [stored])
-        for (question, bucket), stored, numbers in zip(questions, completions, group_of_row, strict=True)
-    ]
-    buffer._restore(
-        parts,
-        [owned for owned in by_age if owned is not None],
-        retired,
-        reuse,
-        images.values(),
-    )
-    is_valid, reason = buffer.check_valid()
-    if is_valid and any(buffer.metrics()[name] != count for name, count in counts.items()):
-        is_valid, reason = False, f"it should have {counts} and has {buffer.metrics()}"
-    if not is_valid:
-        fail(directory, f"contradicts itself: {reason}. {RESUME_HINT}")
-    return buffer
+def _check_file(directory: Path, name: str, metadata: Mapping[str, Any]) -> None:
+    with reading(directory, name):
+        check_file(directory, name, metadata)
 
 
-def _groups_of(
-    question: Question, experiences: Sequence[Experience], numbers: Sequence[int | None], group_size: int
-) -> list[list[Experience]]:
-    rows = zip(experiences, numbers, strict=True)
-    groups = whole_groups(rows, lambda row: (question.question_id, row[1]), group_size)
-    return [[experience for experience, _ in group] for group in groups]
+def _checked_budget(directory: Path, names: Sequence[str], counts: Mapping[str, int]) -> Budget:
+    """What may be decoded, less what the files declare: they are opened by nobody else before."""
+    budget = Budget(sum((directory / name).stat().st_size for name in names))
+    for name in names:
+        with reading(directory, name):
+            layout = layout_of(directory / name, budget.spend)
+            budget.spend(row_bytes(layout.num_rows, is_id=name == RETIRED_FILE))
+            expected = counts.get(name.removesuffix(".parquet"), layout.num_rows)
+            if layout.num_rows != expected:
+                raise ValueError(f"it has {layout.num_rows} rows, but {METADATA_FILE} counts {expected}")
+    return budget
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from .as_dataset import ImportedRow, completions_from_dataset, provenance_from_dataset
+from .as_dataset import ImportedRow, check_is_dataset, completions_from_dataset, provenance_from_dataset
+from .boundary import reading_dataset
 from .groups import whole_groups
 from .settings import GROUP, checked_count
 
@@ -29,8 +30,15 @@ def fill_from_dataset(buffer: ExperienceBuffer, dataset: Dataset, group_size: in
 
     Raises:
         TypeError: if it is not a dataset.
-        ValueError: if a column is missing or holds something else, a number is out of range, or a group is not whole.
+        ExperienceBufferError: if a column is missing or holds something else, a number is out of range, or a group is
+            not whole.
     """
+    check_is_dataset(dataset)
+    with reading_dataset():
+        _fill(buffer, dataset, group_size)
+
+
+def _fill(buffer: ExperienceBuffer, dataset: Dataset, group_size: int) -> None:
     for rows in _stored_together(completions_from_dataset(dataset), buffer.unit, group_size):
         question, bucket = rows[-1].question, checked_count("bucket", rows[-1].bucket, group_size)
         buffer._check_prompt(question)

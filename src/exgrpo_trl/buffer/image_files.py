@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ..examples import decode_example, encode_example
 from ..images import StoredImage, referenced, resolved
+from ..values import may_refer
 from .detail_columns import require
 from .tables import bounded, row_groups
 
@@ -70,7 +71,7 @@ def example_from_text(text: str, images: Mapping[str, StoredImage]) -> dict[str,
         ValueError: if the text is not that of a row, or an image is missing.
     """
     example = decode_example(text)
-    if "image_reference" not in text:
+    if not may_refer(text):
         return example
     try:
         row: dict[str, Any] = resolved(example, images)

@@ -73,7 +73,7 @@ def is_complete(checkpoint: str | os.PathLike[str]) -> bool:
     """Whether everything in a checkpoint has been written: the state of the trainer comes last."""
     try:
         return isinstance(json.loads((Path(checkpoint) / TRAINER_STATE_FILE).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError, MemoryError):
         return False
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ..records import ExperienceBufferError
+from ..errors import ExperienceBufferError
+from .metadata_checks import check_metadata, parsed
 from .settings import GROUP
 
 if TYPE_CHECKING:
@@ -28,34 +29,45 @@ RETIRED_FILE = "retired.parquet"
 IMAGES_FILE = "images.parquet"
 DATA_FILES = (QUESTIONS_FILE, COMPLETIONS_FILE, RETIRED_FILE, IMAGES_FILE)
 
+_MOST_CHARACTERS = 1200
 _NO_CHECKSUM = '"checksum": ""'
 RESUME_HINT = "Resume from an earlier checkpoint, or put an empty buffer in its place: ExperienceBuffer().save(PATH)."
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The checked content of a saved buffer's `metadata.json`."""
+    """
+    The checked content of a saved buffer's `metadata.json`.
+
+    Raises:
+        ExperienceBufferError: if it is missing or damaged, says what cannot be, or was written by a newer version.
+    """
     directory = Path(path)
     file = directory / METADATA_FILE
     if not file.is_file():
         fail(directory, f"has no {METADATA_FILE}. {RESUME_HINT}")
     try:
         text = file.read_bytes().decode("ascii")
-        metadata = json.loads(text)
-        schema_version, checksum = metadata["schema_version"], metadata["checksum"]
-        is_newer = schema_version > SCHEMA_VERSION
+        metadata = parsed(text)
+        schema_version, checksum = (metadata.get(name) for name in ("schema_version", "checksum"))
+        if type(schema_version) is not int or schema_version < 1 or not isinstance(checksum, str):
+            raise ValueError("it has no schema version or no checksum")
         # The checksum covers every byte of the file but its own digits.
         is_intact = _sha256(text.replace(f'"checksum": "{checksum}"', _NO_CHECKSUM, 1)) == checksum
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         fail(directory, f"has a damaged {METADATA_FILE} ({type(error).__name__}: {error}). {RESUME_HINT}", error)
-    if is_newer:
+    if schema_version > SCHEMA_VERSION:
         fail(
             directory,
-            f"has schema version {schema_version}, this version of exgrpo-trl reads up to {SCHEMA_VERSION}. Upgrade "
-            "exgrpo-trl: pip install --upgrade exgrpo-trl.",
+            f"has schema version {schema_version} ({METADATA_FILE}), this version of exgrpo-trl reads up to "
+            f"{SCHEMA_VERSION}. Upgrade exgrpo-trl: pip install --upgrade exgrpo-trl.",
         )
     if not is_intact:
         fail(directory, f"has a damaged {METADATA_FILE}: its checksum does not match. {RESUME_HINT}")
-    return dict(metadata)
+    try:
+        check_metadata(metadata, data_files(schema_version))
+    except ValueError as error:
+        fail(directory, f"has a malformed {METADATA_FILE}: {error}. {RESUME_HINT}", error)
+    return metadata
 
 
 def described(buffer: ExperienceBuffer) -> dict[str, Any]:
@@ -88,7 +100,12 @@ def described(buffer: ExperienceBuffer) -> dict[str, Any]:
 
 
 def metadata_text(of_buffer: Mapping[str, Any], directory: Path) -> str:
-    """Text of the metadata: what is said of the buffer, and the checksums of its data files, which are written."""
+    """
+    Text of the metadata: what is said of the buffer, and the checksums of its data files, which are written.
+
+    Raises:
+        TypeError: if it holds what could not be loaded.
+    """
     metadata = {
         "checksum": "",
         "schema_version": SCHEMA_VERSION,
@@ -97,6 +114,12 @@ def metadata_text(of_buffer: Mapping[str, Any], directory: Path) -> str:
         **of_buffer,
     }
     text = json.dumps(metadata, indent=2)
+    try:
+        parsed(text)
+    except ValueError as error:
+        raise TypeError(
+            f"`provenance` or `replay_state` of the experience buffer cannot be saved: {error}."
+        ) from error
     return text.replace(_NO_CHECKSUM, f'"checksum": "{_sha256(text)}"', 1)
 
 
@@ -107,8 +130,8 @@ def data_files(schema_version: int) -> tuple[str, ...]:
 
 def digests(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, int, str]]:
     """Name, size in bytes and SHA-256 of data files."""
-    # Large, as a thread waits for others with every block.
-    block = memoryview(bytearray(2**22))
+    # Large, as a thread waits for others with every block; NumPy's memory costs what is used of it.
+    block = np.empty(2**25, np.uint8).data
     for name in names:
         digest, size = hashlib.sha256(), 0
         with open(directory / name, "rb", buffering=0) as file:
@@ -147,5 +170,7 @@ def _package_version() -> str | None:
 
 
 def fail(path: Path, what: str, cause: BaseException | None = None) -> NoReturn:
-    """Say of the buffer at a path what is wrong."""
+    """Say of the buffer at a path what is wrong, in so many words."""
+    if len(what) > _MOST_CHARACTERS:  # it quotes what it found
+        what = f"{what[: _MOST_CHARACTERS - 300]} [...] {what[-300:]}"
     raise ExperienceBufferError(f"The experience buffer at {path} {what}") from cause

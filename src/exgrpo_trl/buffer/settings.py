@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..records import as_integer
 
 COMPLETION, GROUP = "completion", "group"
+# Buckets are counted one by one up to it, so it cannot be whatever a file says.
+MAX_GROUP_SIZE = 2**16
 
 
 def checked_unit(unit: str) -> str:
@@ -14,7 +16,7 @@ def checked_unit(unit: str) -> str:
     Raises:
         ValueError: if it is none.
     """
-    if unit not in (COMPLETION, GROUP):
+    if unit != COMPLETION and unit != GROUP:  # whatever it is: files say it, too
         raise ValueError(f"`unit` must be {COMPLETION!r} or {GROUP!r}, got {unit!r}.")
     return unit
 
@@ -34,13 +36,15 @@ def check_limits(group_size: int | None, **limits: int | None) -> None:
             )
 
 
-def checked_size(name: str, value: int | None) -> int | None:
+def checked_size(name: str, value: int | None, most: int = 2**63 - 1) -> int | None:
     """A size as a plain integer; `None` for no limit."""
     if value is None:
         return None
     size = as_integer(name, value, " or None")
     if size < 1:
         raise ValueError(f"`{name}` must be at least 1, got {size}; use None for no limit.")
+    if size > most:
+        raise ValueError(f"`{name}` must be at most {most}, got {size}.")
     return size
 
 

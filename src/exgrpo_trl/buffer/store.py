@@ -19,12 +19,12 @@ class Store:
         self._kind = kind
         self.questions: dict[str, StoredQuestion] = {}
         self.buckets: dict[int, Bucket] = {}
-        self.versions = VersionIndex()
-        self.images = ImagePool()
+        self.versions: VersionIndex = VersionIndex()
+        self.images: ImagePool = ImagePool()
         # Of completions that have one: those that were never used cost nothing.
         self.reuse: dict[Experience, Reuse] = {}
-        self.num_completions = 0
-        self.num_tokens = 0
+        self.num_completions: int = 0
+        self.num_tokens: int = 0
 
     def insert(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,16 +133,41 @@ def experiences_from_table(
 
 def row_groups(file: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     """
-    Row groups of a Parquet file.
+    Row groups of a Parquet file whose layout was checked, see [`layout_of`].
+
+    The next one is read while its user is busy with this one.
 
     Raises:
         ValueError: if the file has other columns.
     """
     with pq.ParquetFile(file) as parquet:
         if not parquet.schema_arrow.equals(schema):
-            raise ValueError(f"{file.name} has the columns {parquet.schema_arrow.names}, expected {schema.names}")
-        for index in range(parquet.num_row_groups):
-            yield parquet.read_row_group(index, use_threads=False)
+            raise ValueError(f"it has the columns {parquet.schema_arrow.names}, expected {schema.names}")
+        groups = (parquet.read_row_group(index, use_threads=False) for index in range(parquet.num_row_groups))
+        yield from _ahead(groups)
+
+
+def _ahead(values: Iterator[T]) -> Iterator[T]:
+    """The values, none of them `None`, each made in a thread while its user is busy with the one before."""
+    with ThreadPoolExecutor(1) as executor:
+        following = executor.submit(next, values, None)
+        while (value := following.result()) is not None:
+            following = executor.submit(next, values, None)
+            yield value
+
+
+def numbers_in(table: pa.Table, name: str, least: int, end: int) -> NDArray[Any]:
+    """
+    A column of integers, none of them null, all in `least..end - 1`.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    numbers = _numbers(table, name)
+    require(
+        not len(numbers) or (numbers.min() >= least and numbers.max() < end), f"`{name}` lies in {least}..{end - 1}"
+    )
+    return numbers
 
 
 def num_tokens_in(table: pa.Table | pa.RecordBatch) -> NDArray[Any]:

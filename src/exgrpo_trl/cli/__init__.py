@@ -10,6 +10,7 @@ from rich.console import Console
 from .. import __version__
 from ..records import ExperienceBufferError
 from . import show, why
+from .readable import readable
 
 # Each has `HELP`, `add_arguments(parser)` and `run(arguments)`, which raises ExperienceBufferError.
 COMMANDS = {"show": show, "why": why}
@@ -26,6 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[arguments.command].run(arguments)
     except ExperienceBufferError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(readable(f"error: {error}"), markup=False, highlight=False)
         return 1
     return 0

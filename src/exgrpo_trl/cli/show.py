@@ -20,6 +20,7 @@ from ..buffer.locations import find_buffer
 from ..buffer.metadata import read_metadata
 from ..buffer.settings import GROUP
 from ..images import StoredImage
+from .readable import readable
 
 HELP = "summary of a saved experience buffer"
 BAR_WIDTH = 40
@@ -97,7 +98,7 @@ def _print(summary: dict[str, Any], console: Console) -> None:
         else "none",
         **summary["settings"],
     }
-    console.print(Text(f"Experience buffer {summary['path']}", style="bold"), soft_wrap=True)
+    console.print(Text(readable(f"Experience buffer {summary['path']}"), style="bold"), soft_wrap=True)
     console.print(_two_columns(values))
     if summary["buckets"]:
         console.print(_bucket_table(summary["buckets"], summary["settings"]["group_size"]))
@@ -110,7 +111,9 @@ def _two_columns(values: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False)
     for name, value in values.items():
         text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
-        table.add_row(Text(name.replace("_", " ")), Text(text, overflow="fold"))
+        # In one line: a stored line break would look like a row of ours.
+        text = readable(text).replace("\n", "\\n")
+        table.add_row(Text(readable(name).replace("_", " ").replace("\n", "\\n")), Text(text, overflow="fold"))
     return table
 
 

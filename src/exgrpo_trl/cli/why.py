@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..replay_log import find_replay_log, read_replay_log
+from .readable import readable
 
 HELP = "which stored completions a step replayed, and why"
 _SCORES = ("entropy", "negative_log_likelihood", "mean_log_ratio", "drift")
@@ -102,7 +103,7 @@ def _finite(value: float | None) -> float | None:
 
 def _print(found: Mapping[str, Any], console: Console) -> None:
     def say(text: str, style: str = "") -> None:
-        console.print(Text(_shown(text), style=style), soft_wrap=True)
+        console.print(Text(readable(text).replace("\n", "\\n"), style=style), soft_wrap=True)
 
     of_question = "" if found["question_id"] is None else f" of question {found['question_id']}"
     replays = found["replays"]
@@ -181,8 +182,3 @@ def _count(number: int, what: str) -> str:
 
 def _number(value: float | None, form: str = ".4g") -> str:
     return "unknown" if value is None else format(value, form)
-
-
-def _shown(text: str) -> str:
-    """Without what a terminal would obey: ids come from datasets of others."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

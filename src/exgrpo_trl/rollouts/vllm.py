@@ -28,7 +28,7 @@ class VLLMRollouts(Rollouts):
         self.vllm = vllm
         self.processes = processes
         # A server generates for all processes, an engine for those that share it.
-        self.first_process = (
+        self.first_process: int = (
             0 if vllm.mode == "server" else processes.rank - processes.rank % max(1, tensor_parallel_size)
         )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from ..saved_state import part_of
 from .admission import ADMISSION_RULES, AdmissionRule
 from .base import CollectedBatch, Strategy, as_strategy, make_strategy
 from .eviction import EVICTION_RULES, EvictionRule
@@ -19,7 +20,7 @@ from .weighting import REPLAY_WEIGHTINGS, ReplayWeighting
 if TYPE_CHECKING:
     from ..config import ExGRPOConfig
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,9 @@ class Strategies:
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; says so where a strategy has been replaced by one of another class."""
         for name, strategy in self.items():
-            saved = states.get(name)
-            if saved is None:
+            if states.get(name) is None:
                 continue
+            saved = part_of(states, name)
             if saved["class"] == _name_of(strategy):
                 strategy.load_state_dict(saved["state"])
             else:

@@ -107,7 +107,7 @@ class Clipped(ReplayWeighting):
 
     def __init__(self, epsilon_low: float = 0.2, epsilon_high: float | None = None) -> None:
         self.epsilon_low = epsilon_low
-        self.epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
+        self.epsilon_high: float = epsilon_low if epsilon_high is None else epsilon_high
 
     def __call__(self, log_ratio: torch.Tensor, advantages: torch.Tensor) -> ImportanceWeight:
         ratio = _ratio(log_ratio)
