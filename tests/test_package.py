@@ -24,7 +24,18 @@ def test_import_is_free_of_heavy_libraries() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["records", "values", "examples", "buffer", "buffer.files", "strategies", "replay_log", "cli"]
+    "module",
+    [
+        "records",
+        "values",
+        "examples",
+        "buffer",
+        "buffer.files",
+        "strategies",
+        "replay_log",
+        "replay_log_writer",
+        "cli",
+    ],
 )
 def test_the_buffer_side_is_free_of_torch(module: str) -> None:
     heavy = "{'torch', 'trl', 'transformers', 'datasets'}"
@@ -71,7 +82,7 @@ ORDER = [
     "strategies", "buffer", "replay_log", "cli",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
-    "log_rows", "compatibility", "asking", "replayer", "filling", "generation", "trainer",
+    "log_rows", "replay_log_writer", "compatibility", "asking", "replayer", "filling", "generation", "trainer",
 ]  # fmt: skip
 
 

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from exgrpo_trl import ExperienceBufferError, replay_log
-from exgrpo_trl.replay_log import LOG_SCHEMA, ReplayLog, find_replay_log, parts_of, read_replay_log, write_part
+from exgrpo_trl import ExperienceBufferError, replay_log_writer
+from exgrpo_trl.replay_log import LOG_SCHEMA, find_replay_log, parts_of, read_replay_log
+from exgrpo_trl.replay_log_writer import ReplayLog, write_part
 
 RNG = np.random.default_rng(0)
 
@@ -105,7 +106,7 @@ def test_nothing_is_written_where_it_is_off_or_nothing_was_replayed(tmp_path, ma
 
 def test_time_decides_when_it_is_written(tmp_path, make, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(replay_log.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(replay_log_writer.time, "monotonic", lambda: now[0])
     log = make()
     log.begin(0)
     num_written = []
@@ -117,8 +118,8 @@ def test_time_decides_when_it_is_written(tmp_path, make, monkeypatch):
 
 
 def test_it_is_bounded(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(replay_log, "PART_SIZE", 40)
-    monkeypatch.setattr(replay_log, "MAX_PARTS", 3)
+    monkeypatch.setattr(replay_log_writer, "PART_SIZE", 40)
+    monkeypatch.setattr(replay_log_writer, "MAX_PARTS", 3)
     log = make()
     log.begin(0)
     for step in range(1, 101):
@@ -143,8 +144,8 @@ def test_bytes_of_a_replay(tmp_path, make):
     size = sum(part.stat().st_size for part in parts_of(log.folder))
     assert 20 < size / num_rows < 56, f"{size / num_rows:.1f} bytes"
     # All that a log may ever hold, were every part as large as the first.
-    per_unit = parts_of(log.folder)[0].stat().st_size / replay_log.PART_SIZE
-    assert replay_log.MAX_PARTS * replay_log.PART_SIZE * per_unit < 40e6
+    per_unit = parts_of(log.folder)[0].stat().st_size / replay_log_writer.PART_SIZE
+    assert replay_log_writer.MAX_PARTS * replay_log_writer.PART_SIZE * per_unit < 40e6
     without = ReplayLog(str(tmp_path / "alone"), is_on=True, warn=print)
     without.begin(0)
     for step in range(1, 1000):
@@ -152,12 +153,12 @@ def test_bytes_of_a_replay(tmp_path, make):
     without.flush()
     size = sum(part.stat().st_size for part in parts_of(without.folder))
     assert size / 3996 < 36, f"{size / 3996:.1f} bytes"
-    assert replay_log.MAX_PARTS * size < 40e6
+    assert replay_log_writer.MAX_PARTS * size < 40e6
 
 
 def test_a_reader_never_sees_a_torn_file(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(replay_log, "PART_SIZE", 60)
-    monkeypatch.setattr(replay_log, "MAX_PARTS", 4)
+    monkeypatch.setattr(replay_log_writer, "PART_SIZE", 60)
+    monkeypatch.setattr(replay_log_writer, "MAX_PARTS", 4)
     log = make()
     log.begin(0)
     log.add(1, rows_of_step(1))
@@ -228,7 +229,7 @@ def run_steps(log, first, last):
 @pytest.mark.parametrize("part_size", [30, 4096])
 @pytest.mark.parametrize("at", [1, 5, 9, 10])
 def test_a_resume_drops_what_came_after_the_checkpoint(tmp_path, make, messages, monkeypatch, part_size, at):
-    monkeypatch.setattr(replay_log, "PART_SIZE", part_size)
+    monkeypatch.setattr(replay_log_writer, "PART_SIZE", part_size)
     log = make()
     log.begin(0)
     run_steps(log, 1, at)

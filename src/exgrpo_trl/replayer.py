@@ -31,7 +31,7 @@ from .processes import Processes
 from .prompts import Prompts
 from .questions import Replayable, TrainingQuestions
 from .records import Experience, Question, Replay, Scores
-from .replay_log import ReplayLog
+from .replay_log_writer import ReplayLog
 from .reuse import REASONS, settle
 from .rows import checksum
 from .saved_state import count_of, flag_of, part_of

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from exgrpo_trl.cli import main
-from exgrpo_trl.replay_log import LOG_SCHEMA, parts_of, write_part
+from exgrpo_trl.replay_log import LOG_SCHEMA, parts_of
+from exgrpo_trl.replay_log_writer import write_part
 
 TRAIN = """
 import sys
