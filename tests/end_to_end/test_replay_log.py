@@ -397,5 +397,5 @@ def test_several_processes(tmp_path, mode, way):
     if mode == "zero3" and way == "groups":
         pytest.skip("DDP shows it")
     options = {"per_device_train_batch_size": 8, **({"replay_unit": "group"} if way == "groups" else {})}
-    run_ranks(train_recorded, str(tmp_path), options, folder=tmp_path, mode=mode)
+    run_ranks(train_recorded, str(tmp_path), options, folder=tmp_path, mode=mode, timeout=240)
     assert len(parts_of(tmp_path / "out" / "replay_log")) == 1
