@@ -7,7 +7,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema, logging
 
 from .buffer import ExperienceBuffer, RemoteBuffer, ReplayBuffer
@@ -54,16 +53,6 @@ def newest_complete_checkpoint(output_dir: Location) -> str | None:
             "them. Start without resume_from_checkpoint."
         )
     return None
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Hashes of vocabulary and chat template: whether stored token ids and prompts mean the same to a tokenizer."""
-    specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(specials.items())])
-    return {
-        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
-    }
 
 
 def rollout_fingerprint(trainer: Any) -> dict[str, Any]:

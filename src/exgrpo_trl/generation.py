@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather, send_to_device
@@ -26,6 +26,8 @@ from .rollouts.multi_turn import EvenTurns, put_stored_rollouts, snapshot
 from .rollouts.vllm import correct_fresh_only
 from .rows import lacks_images, loss_mask
 from .scoring import Prompted, evaluating, reshard, score_completions
+
+T = TypeVar("T")
 
 logger: Any = logging.get_logger(__name__)
 
@@ -261,6 +263,10 @@ class GenerationHooks(GRPOTrainer):
         return outputs
 
     def _score(self, prompted: Sequence[Prompted]) -> list[Scores]:
+        return self._scored(prompted, score_completions)
+
+    def _scored(self, prompted: Sequence[Prompted], of_rows: Callable[..., list[T]]) -> list[T]:
+        """What `of_rows` makes of a forward of the present policy over prompts and completions."""
         prompted = [Prompted(*of_one) for of_one in prompted]  # pairs of prompt and completion will do
         pixels: dict[str, Any] = {}
         if any(of_one.row is not None for of_one in prompted):
@@ -274,7 +280,7 @@ class GenerationHooks(GRPOTrainer):
             )[:2]
 
         with evaluating(self.model):
-            scores = score_completions(
+            scores = of_rows(
                 prompted, forward, pad_token_id=self._text_tokenizer.pad_token_id, device=self.accelerator.device
             )
         reshard(self.model)

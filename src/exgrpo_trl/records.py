@@ -87,6 +87,9 @@ class Experience:
             question renders to other tokens, a completion is not replayed.
         details ([`RolloutDetails`], *optional*):
             What a rollout of several turns, of an environment or of a rollout function has beyond tokens.
+        is_scored (`bool`, *optional*, defaults to `False`):
+            Whether the policy of the log-probabilities did not generate it, but scored what came from elsewhere, see
+            [`ExGRPOTrainer.score_experience`].
     """
 
     token_bytes: bytes
@@ -96,6 +99,7 @@ class Experience:
     entropy: float
     prompt_hash: int = UNKNOWN_PROMPT
     details: RolloutDetails | None = None
+    is_scored: bool = False
 
     @classmethod
     def create(
@@ -108,6 +112,7 @@ class Experience:
         entropy: float = math.nan,
         prompt_hash: int = UNKNOWN_PROMPT,
         details: RolloutDetails | None = None,
+        is_scored: bool = False,
     ) -> Experience:
         """
         Validated experience.
@@ -127,6 +132,8 @@ class Experience:
                 Hash of the tokens of the prompt, see [`~exgrpo_trl.records.prompt_hash`]; 0 if unknown.
             details ([`RolloutDetails`], *optional*):
                 What it has beyond tokens. Log-probabilities of tokens that the model did not write are kept as 0.
+            is_scored (`bool`, *optional*, defaults to `False`):
+                Whether the policy of the log-probabilities scored it without having generated it.
 
         Raises:
             TypeError: if the ids are not integers or a number is not a number.
@@ -175,6 +182,7 @@ class Experience:
             _checked_float("entropy", entropy, allow_nan=True),
             _checked_hash(prompt_hash),
             details,
+            bool(is_scored),
         )
 
     @classmethod

@@ -161,6 +161,14 @@ class Replayer:
         self.dropped_questions.questions = questions
         self.coverage.begin_phase(questions.ids())
 
+    def present_version(self, global_step: int, *, is_training: bool) -> int:
+        """Policy version of what the present policy thinks of completions from elsewhere; on the main process."""
+        version = self._version_offset + global_step
+        if is_training:
+            return version
+        # Above those in the buffer, as those of the next run will be.
+        return max([version, *(experience.policy_version + 1 for _, _, experience in self.buffer.items())])
+
     def _begin_training(self) -> None:
         newest = max((experience.policy_version for _, _, experience in self.buffer.items()), default=-1)
         self._version_offset = newest + 1

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,22 @@ from torch.distributed import fsdp
 
 from .processes import Processes
 from .records import Scores
+
+T = TypeVar("T")
+
+
+class TokenScores(NamedTuple):
+    """What a forward of a policy says of a completion, token by token.
+
+    Attributes:
+        logps (`np.ndarray`):
+            Log-probabilities of the tokens, nats, float32 of shape `(T,)`.
+        entropy (`float`):
+            Mean token entropy, nats.
+    """
+
+    logps: np.ndarray
+    entropy: float
 
 
 class Prompted(NamedTuple):
@@ -63,11 +79,11 @@ def deal_forwards(lengths: Sequence[int], num_processes: int, batch_size: int) -
 
 def score_candidates(
     prompted: Sequence[Prompted],
-    score: Callable[[Sequence[Prompted]], list[Scores]],
+    score: Callable[[Sequence[Prompted]], list[T]],
     processes: Processes,
     batch_size: int,
     with_images: Sequence[Prompted] = (),
-) -> dict[int, Scores]:
+) -> dict[int, T]:
     """
     Scores by number of the completion, on the main process; all processes call this, and each makes its share.
 
@@ -87,7 +103,7 @@ def score_candidates(
         mine = [
             scores for forward in dealt[processes.rank] for scores in score([prompted[number] for number in forward])
         ]
-    by_number: dict[int, Scores] = {}
+    by_number: dict[int, T] = {}
     for share, scored in zip(dealt, processes.gather(mine), strict=False):
         by_number.update(zip(itertools.chain(*share), scored, strict=True))
     return by_number
@@ -111,6 +127,35 @@ def score_completions(
 
     Means are taken over the tokens that the model wrote.
     """
+    return mean_scores(*_of_tokens(prompted, forward, pad_token_id=pad_token_id, device=device))
+
+
+@torch.no_grad()
+def score_tokens(
+    prompted: Sequence[Prompted],
+    forward: Forward,
+    *,
+    pad_token_id: int,
+    device: torch.device | str,
+) -> list[TokenScores]:
+    """Log-probability of every token of completions that the model wrote all of, under the current policy."""
+    logps, entropies, _, mask = _of_tokens(prompted, forward, pad_token_id=pad_token_id, device=device)
+    means = (torch.where(mask, entropies.float(), 0.0).sum(-1) / mask.sum(-1)).tolist()
+    of_rows = logps.float().cpu().numpy()
+    return [
+        TokenScores(of_row[: len(of_one.completion)].copy(), mean)
+        for of_one, of_row, mean in zip(prompted, of_rows, means, strict=True)
+    ]
+
+
+def _of_tokens(
+    prompted: Sequence[Prompted], forward: Forward, *, pad_token_id: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    One forward: log-probabilities, entropies, log-probabilities of the behaviour policy and what the model wrote.
+
+    All of shape `(B, T)`, padded on the right.
+    """
     longest_prompt = max(len(of_one.prompt) for of_one in prompted)
     longest_completion = max(len(of_one.completion) for of_one in prompted)
     input_ids = torch.full((len(prompted), longest_prompt + longest_completion), pad_token_id)
@@ -127,7 +172,7 @@ def score_completions(
         if of_one.behavior_logps is not None:
             behavior_logps[row, : len(completion)] = torch.tensor(of_one.behavior_logps)
     logps, entropies = forward(input_ids.to(device), attention_mask.to(device), longest_completion)
-    return mean_scores(logps, entropies, behavior_logps.to(device), mask.to(device))
+    return logps, entropies, behavior_logps.to(device), mask.to(device)
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from trl import GRPOTrainer
 
 from .batch import COLUMNS, IDENTITY
 from .buffer import RemoteBuffer, ReplayBuffer
+from .buffer.continuations import tokenizer_fingerprint
+from .buffer.report import ExperienceReport
 from .checkpoints import (
     Location,
     check_buffer,
@@ -24,7 +26,6 @@ from .checkpoints import (
     find_checkpoint,
     resolve_buffer,
     rollout_fingerprint,
-    tokenizer_fingerprint,
 )
 from .compatibility import (
     GENERATING,
@@ -40,6 +41,7 @@ from .compatibility import (
 from .config import ExGRPOConfig
 from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset, undecodable_row
 from .generation import GenerationHooks
+from .own_experience import score_experience
 from .processes import Processes
 from .prompts import Prompts
 from .questions import TrainingQuestions, decodes_images
@@ -242,6 +244,10 @@ class ExGRPOTrainer(GenerationHooks):
             logger.warning(questions.told)
         return questions
 
+    def _follow_dataset(self) -> None:
+        if self.train_dataset is not self._questions_of:  # assigned since, for another phase of a curriculum
+            self.replayer.bind(self._training_questions())
+
     # What an IDE or a notebook shows: TRL's arguments, whichever they are in the installed release, and ours.
     __init__.__signature__ = _signature(__init__)  # type: ignore[attr-defined]
 
@@ -259,6 +265,65 @@ class ExGRPOTrainer(GenerationHooks):
             if self._is_replay_enabled and not isinstance(mine, RemoteBuffer):
                 self._check_buffer(mine, _path_or(buffer, "assigned to the trainer"))
         self.replayer.buffer = mine
+
+    def score_experience(
+        self,
+        dataset: Dataset,
+        *,
+        bucket: int | None = None,
+        success_threshold: float | None = None,
+        add_eos: bool = True,
+    ) -> ExperienceReport:
+        """
+        Put completions from elsewhere into the experience buffer: of an earlier run, as in
+        [RLEP](https://huggingface.co/papers/2507.07451), or of a stronger model, as in
+        [LUFFY](https://huggingface.co/papers/2504.14945).
+
+        Those without log-probabilities are scored once by the policy as it is now, at the temperature of the
+        configuration, in batches of `per_device_train_batch_size`, evenly over the processes. They are marked
+        ([`Experience`]`.is_scored`), and their importance ratio is the one to that policy: it is 1 until the first
+        update. All processes call this, before the training; with FSDP or DeepSpeed in `on_train_begin` of a callback.
+
+        A question that the buffer holds keeps its bucket. Of any other, columns `num_correct` and `group_size` tell
+        the bucket, else the share of successes among its rows if there are failures, else `bucket`; from 1 to
+        `num_generations - 1`.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                A completion in every row:
+
+                - `prompt`: as in the training dataset, with further columns where these tell questions apart; with
+                  `question_id_column`, that column is enough.
+                - `completion`: text, as the model writes it after the prompt, or a list of one message of the
+                  assistant. Or `completion_ids`: its token ids, taken as they are.
+                - `reward`: what decides whether it is a success, see `success_reward`.
+                - `behavior_per_token_logps` (optional): log-probabilities in nats of its tokens under the policy that
+                  generated them, at the sampling temperature; a single number stands for that of every token.
+                - `num_correct` (optional): successes of its question among `group_size` (by default
+                  `num_generations`) attempts.
+                - `group`: where `replay_unit="group"`, a number that the rows of a group share, failures included.
+            bucket (`int`, *optional*):
+                Bucket of questions of which nothing tells the pass rate. By default `num_generations // 2`.
+            success_threshold (`float`, *optional*):
+                Reward from which a completion is a success. By default that of the configuration.
+            add_eos (`bool`, *optional*, defaults to `True`):
+                Whether an end token follows a `completion` that has none. Pass `False` for truncated ones.
+
+        Returns:
+            [`ExperienceReport`]: number of rows stored, and those that were refused, each with the reason.
+
+        Raises:
+            `ExperienceBufferError`:
+                When the dataset lacks a column. A row that cannot be stored is no error, but part of the report.
+            `NotImplementedError`:
+                When the trainer has environments, a rollout function or an image processor, or a model that is not
+                prepared for FSDP or DeepSpeed yet.
+            `TypeError`:
+                When it is no dataset.
+            `ValueError`:
+                When replay is switched off, or an argument is out of range.
+        """
+        return score_experience(self, dataset, bucket=bucket, success_threshold=success_threshold, add_eos=add_eos)
 
     # Loss
 
@@ -377,8 +442,7 @@ class ExGRPOTrainer(GenerationHooks):
                     resume_from_checkpoint, self.args.output_dir, trains_adapter=is_peft_model(self.model)
                 ),
             )
-        if self.train_dataset is not self._questions_of:  # assigned since, for another phase of a curriculum
-            self.replayer.bind(self._training_questions())
+        self._follow_dataset()
         self.replayer.begin_training()
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)

@@ -51,6 +51,7 @@ def collected(unit, *, details):
                 )
                 if details and index < 2
                 else None,
+                is_scored=index == 1,
             )
             for index in range(K)
         ]

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import shutil
 
 import datasets
 
@@ -48,11 +49,22 @@ def use(path, elsewhere):
     with stage("show"):
         assert show(path) == 0
         assert show(path, "--json") == 0
+        for options in ([], ["--json"]):
+            assert show(path, "--list", *options) == 0
+            for question_id in [question.question_id for question, _, _ in buffer.items()][:2]:
+                assert show(path, f"--question={question_id}", *options) == 0
     with stage("use"):
         used(buffer)
     with stage("save"):
         buffer.save(elsewhere)
         assert ExperienceBuffer.load(elsewhere).num_completions == buffer.num_completions
+    with stage("commands"):
+        merged = elsewhere.with_name("merged")
+        assert call("merge", path, elsewhere, "-o", merged, "--force") == 0
+        assert call("diff", path, merged) == 0
+        shutil.rmtree(elsewhere.with_name("merged.quarantine"), ignore_errors=True)  # of another buffer
+        assert call("prune", path, "-o", merged, "--force", "--filter", "bucket>=2", "--filter", "prompt!~x") == 0
+        assert call("export", path, "-o", elsewhere.with_name("export.jsonl"), "--force") == 0
     with stage("to_dataset"):
         dataset = buffer.to_dataset()
     with stage("from_dataset"), contextlib.suppress(ExperienceBufferError):  # images are decoded only now
@@ -61,10 +73,15 @@ def use(path, elsewhere):
 
 
 def show(path, *options):
-    """`exgrpo-trl show`, which may write text and line breaks, and nothing that a terminal obeys."""
+    """`exgrpo-trl show`, see `call`."""
+    return call("show", str(path), *options)
+
+
+def call(*arguments):
+    """`exgrpo-trl`, which may write text and line breaks, and nothing that a terminal obeys."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["show", str(path), *options])
+        code = main([*map(str, arguments)])
     printed = out.getvalue() + err.getvalue()
     printed.encode()
     unreadable = [c for c in printed if not c.isprintable() and c not in "\n"]

@@ -650,7 +650,7 @@ def test_dataset_round_trip():
     dataset = buffer.to_dataset()
     assert dataset.column_names == [
         *("question_id", "example", "bucket", "token_ids", "behavior_per_token_logps"),
-        *("policy_version", "reward", "entropy", "prompt_hash"),
+        *("policy_version", "reward", "entropy", "prompt_hash", "is_scored"),
         *("num_replays", "known_entropy", "known_negative_log_likelihood", "known_at", "provenance"),
     ]
     assert dataset["question_id"][:] == ["c", "a", "a", "b"]

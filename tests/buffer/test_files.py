@@ -75,6 +75,7 @@ def state(buffer):
                         repr(e.reward),
                         repr(e.entropy),
                         repr(buffer.reuse(e)),
+                        e.is_scored,
                     )
                     for e in buffer.completions(name)
                 ],
@@ -273,8 +274,8 @@ def rewrite(path, **changes):
 
 def test_newer_schema(saved):
     _, path = saved
-    rewrite(path, schema_version=5)
-    assert_refused(path, "schema version 5.*up to 4.*Upgrade exgrpo-trl")
+    rewrite(path, schema_version=6)
+    assert_refused(path, "schema version 6.*up to 5.*Upgrade exgrpo-trl")
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def test_files_that_contradict_themselves(tmp_path, file, change, message):
         ExperienceBuffer.load(path)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_files_of_earlier_versions(tmp_path, version):
     buffer = ExperienceBuffer()
     collect(buffer, ask("a"), make(1, 2), make(3))

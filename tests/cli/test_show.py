@@ -169,3 +169,14 @@ def test_command_never_imports_torch(path):
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
         )
         assert (result.returncode, "Traceback" in result.stderr) == (expected, False), result.stderr
+
+
+def test_show_leaves_out_the_empty_buckets_of_huge_groups(tmp_path, capsys):
+    buffer = ExperienceBuffer()
+    experience = Experience.create([1], [-0.5], policy_version=1, reward=1.0)
+    buffer.collect(Question("q", {"prompt": "a"}), [experience], num_correct=300, group_size=30_000)
+    buffer.save(tmp_path / "buffer")
+    assert main(["show", str(tmp_path / "buffer")]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"300/30000 1 {'#' * 40}" in lines
+    assert len(lines) < 30

@@ -225,8 +225,8 @@ def test_a_checkpoint_written_without_replay_is_resumed_with_an_empty_buffer(tmp
 def test_a_newer_schema_is_an_error(tmp_path, checkpoint):
     def make_newer(folder):
         text = (folder / "metadata.json").read_text()
-        assert json.loads(text)["schema_version"] == 4
-        (folder / "metadata.json").write_text(text.replace('"schema_version": 4', '"schema_version": 5'))
+        assert json.loads(text)["schema_version"] == 5
+        (folder / "metadata.json").write_text(text.replace('"schema_version": 5', '"schema_version": 6'))
 
     with pytest.raises(ExperienceBufferError, match=r"(?is)experience buffer.*schema.*[Uu]pgrade"):
         resume(tmp_path, checkpoint, make_newer)

@@ -32,7 +32,7 @@ OUTCOMES = HERE / "outcomes.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 OLDEST = Version("1.0.0")
 # With the oldest TRL, its oldest transformers and what they need.
-FLOOR = ("transformers==4.56.2", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
+FLOOR = ("transformers==4.56.2", "huggingface_hub==0.36.2", "tokenizers==0.22.2", "datasets==5.0.1")
 # Before TRL 1.8, the last that parse tool calls as TRL does.
 OLDER = ("transformers==5.12.0", "huggingface_hub==1.33.0", "tokenizers==0.22.2", "httpx", "httpcore", "h11", "anyio")
 

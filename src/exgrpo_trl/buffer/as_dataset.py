@@ -86,10 +86,10 @@ def completions_to_dataset(
 
     Columns: `question_id`, `example` (JSON, see [`encode_example`]), `bucket`, `token_ids`,
     `behavior_per_token_logps` (nats), `policy_version` (optimizer steps), `reward`, `entropy` (nats, NaN if unknown)
-    `prompt_hash` (0 if unknown), the record of [`Reuse`] as `num_replays` (0 without one), `known_entropy`,
-    `known_negative_log_likelihood` and `known_at` (null without one), and `provenance` (JSON, null if unknown, the
-    same in every row). Rows go by bucket, question and age. Completions of one group share the number in the column
-    `group`, which is there where whole groups are stored.
+    `prompt_hash` (0 if unknown), `is_scored`, the record of [`Reuse`] as `num_replays` (0 without one),
+    `known_entropy`, `known_negative_log_likelihood` and `known_at` (null without one), and `provenance` (JSON, null if
+    unknown, the same in every row). Rows go by bucket, question and age. Completions of one group share the number in
+    the column `group`, which is there where whole groups are stored.
 
     Where a question has images, or a completion has [`RolloutDetails`], there are five more:
 

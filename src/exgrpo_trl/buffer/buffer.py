@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
@@ -31,6 +31,8 @@ from .stored_questions import StoredCompletions, StoredGroups, StoredQuestion
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .report import ExperienceReport
 
 
 class ExperienceBuffer:
@@ -73,6 +75,8 @@ class ExperienceBuffer:
         num_duplicates (`int`):
             Completions refused so far because their question already had the same tokens; of whole groups, because it
             had the same ones in the same order.
+        import_report ([`ExperienceReport`] or `None`):
+            What became of the rows, where [`~ExperienceBuffer.from_dataset`] was given some of your own; not saved.
 
     Raises:
         ValueError: if a size is below 1 or huge, the unit is none, or a limit could never hold a group that is kept
@@ -101,6 +105,7 @@ class ExperienceBuffer:
         self.replay_state: dict[str, Any] = {}
         self.num_evicted: int = 0
         self.num_duplicates: int = 0
+        self.import_report: ExperienceReport | None = None
         self._store = Store(StoredGroups if self._unit == GROUP else StoredCompletions)
         self._retired: dict[str, None] = {}
 
@@ -504,31 +509,123 @@ class ExperienceBuffer:
         return completions_to_dataset(self.items(), self.provenance, self._store.reuse, group_size)
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, *, group_size: int, **kwargs: Any) -> ExperienceBuffer:
+    def from_dataset(
+        cls,
+        dataset: Dataset,
+        *,
+        group_size: int,
+        tokenizer: Any = None,
+        bucket: int | None = None,
+        success_threshold: float | None = None,
+        question_id_column: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_eos: bool = True,
+        **kwargs: Any,
+    ) -> ExperienceBuffer:
         """
-        Buffer of the completions of a dataset, such as [`~ExperienceBuffer.to_dataset`] made.
+        Buffer of the completions of a dataset: one that [`~ExperienceBuffer.to_dataset`] made, or one of your own.
+
+        Of your own, every row has the columns of its question as in the training dataset (`prompt` and whatever the
+        reward functions need), `completion` (text, or a list of one message of the assistant) or `completion_ids`,
+        `reward`, and `behavior_per_token_logps`; see [`ExGRPOTrainer.score_experience`], which takes rows without the
+        last one, too. Rows that cannot be stored are refused; a warning lists them, and `import_report` has them all.
 
         Args:
             dataset (`datasets.Dataset`):
-                One row per completion, with the columns of [`~ExperienceBuffer.to_dataset`]; `provenance` may be
-                missing. Of several rows of a question the last one decides the bucket. Whole groups need
-                `unit="group"`; their rows must follow each other.
+                One row per completion. Of several rows of a question that [`~ExperienceBuffer.to_dataset`] made, the
+                last one decides the bucket; `provenance` may be missing. Whole groups need `unit="group"`; their rows
+                must follow each other.
             group_size (`int`):
                 Completions per question at training time (K).
+            tokenizer (`PreTrainedTokenizerBase`, *optional*):
+                Of the model that will be trained. Needed where completions are text. With it, the trainer can tell
+                whether prompts and tokens mean the same to it.
+            bucket (`int`, *optional*):
+                For rows of your own: bucket of questions whose pass rate nothing tells, from 0 to `group_size`. By
+                default `group_size // 2`.
+            success_threshold (`float`, *optional*):
+                For rows of your own: reward from which a completion is a success. By default 1.0.
+            question_id_column (`str`, *optional*):
+                For rows of your own: column that identifies a question, as in [`ExGRPOConfig`]. By default its prompt.
+            chat_template_kwargs (`Mapping`, *optional*):
+                For rows of your own: as in [`ExGRPOConfig`].
+            add_eos (`bool`, *optional*, defaults to `True`):
+                For rows of your own: whether an end token follows a `completion` that has none.
             **kwargs:
                 Further arguments of [`ExperienceBuffer`].
 
         Raises:
             ExperienceBufferError: if a column is missing or holds something else, the provenance of two rows differs,
-                or a group is not whole.
+                a group is not whole, or no row of your own can be stored.
             TypeError: if `dataset` is no dataset.
+            ValueError: if an argument is out of range, or for rows of your own while the dataset has none.
         """
-        from .from_dataset import fill_from_dataset
+        from .from_dataset import fill_from_dataset, fill_from_own_rows
 
         buffer = cls(group_size=group_size, **kwargs)
-        fill_from_dataset(buffer, dataset, group_size)
+        own = {
+            "tokenizer": tokenizer,
+            "bucket": bucket,
+            "success_threshold": success_threshold,
+            "question_id_column": question_id_column,
+            "chat_template_kwargs": chat_template_kwargs,
+            "add_eos": None if add_eos else False,
+        }
+        if not fill_from_own_rows(buffer, dataset, group_size, own):
+            fill_from_dataset(buffer, dataset, group_size)
         buffer.set_limits(capacity=buffer.capacity, max_completions_per_question=buffer.max_completions_per_question)
+        if buffer.import_report is not None:
+            buffer.import_report = buffer.import_report._replace(num_evicted=buffer.num_evicted)
         return buffer
+
+    @classmethod
+    def merge(
+        cls, buffers: Sequence[ExperienceBuffer], *, names: Sequence[str] | None = None, **limits: int | None
+    ) -> ExperienceBuffer:
+        """
+        A new buffer of what several buffers hold; they stay as they are.
+
+        The first buffer comes first: its limits, `retire_solved` and generator are taken over, and the first one that
+        holds a question decides its row and its bucket. Of a question that several hold, the completions go by policy
+        version, and those with the same tokens are there once, with the record of the oldest. A question that retired
+        in one of them is retired, also where another one holds completions of it: these are left out. `replay_state`
+        is dropped, as it belongs to one run.
+
+        Args:
+            buffers (`Sequence[ExperienceBuffer]`):
+                The buffers. Their unit, group size and provenance must agree, as far as they tell. Of the chat
+                template that is not asked where all completions know the tokens of their prompt.
+            names (`Sequence[str]`, *optional*):
+                What messages call them.
+            **limits:
+                `capacity` and `max_completions_per_question`, in the place of those of the first; `None` for no limit.
+
+        Raises:
+            ExperienceBufferError: if they do not agree, or a question id belongs to two prompts.
+            TypeError: if a limit has another name.
+            ValueError: if there is no buffer, or a limit is below 1 or could never hold a group.
+        """
+        from .merging import merged
+
+        return merged(buffers, names or [f"{index}" for index in range(1, len(buffers) + 1)], limits)
+
+    def set_aside(self, is_chosen: Callable[[Question, int, Experience], bool]) -> ExperienceBuffer:
+        """
+        Move completions into a new buffer without limits, with their records; they count as evicted.
+
+        With `unit="group"` a whole group leaves if one of its completions is chosen. [`~ExperienceBuffer.merge`] of
+        both brings them back.
+
+        Args:
+            is_chosen (`Callable[[Question, int, Experience], bool]`):
+                Whether a completion leaves, from its question, bucket and itself.
+
+        Returns:
+            [`ExperienceBuffer`]: what left.
+        """
+        from .merging import set_aside
+
+        return set_aside(self, is_chosen)
 
     def _stored(self, question_id: str) -> StoredQuestion:
         try:

@@ -73,7 +73,7 @@ def save_buffer(buffer: ExperienceBuffer, path: str | os.PathLike[str]) -> None:
         TypeError: if an example, `provenance` or `replay_state` holds what cannot be saved.
     """
     target = resolved(path)
-    _refuse_foreign(target)
+    refuse_foreign(target)
     temporary, replaced = hidden_names(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if replaced.exists() and not target.exists():
@@ -233,7 +233,13 @@ def _checked_budget(directory: Path, names: Sequence[str], counts: Mapping[str, 
     return budget
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
+    """
+    Refuse to take the place of what is no experience buffer.
+
+    Raises:
+        ExperienceBufferError: if something else is there.
+    """
     if not target.exists():
         return
     foreign = (

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # 1: completions do not know the tokens of their prompt.
 # 2: neither rollouts of several turns nor images.
 # 3: neither how completions were used nor whole groups.
-SCHEMA_VERSION = 4
+# 4: nor whether a completion was scored by a policy that did not generate it.
+SCHEMA_VERSION = 5
 METADATA_FILE = "metadata.json"
 QUESTIONS_FILE = "questions.parquet"
 COMPLETIONS_FILE = "completions.parquet"

@@ -52,6 +52,7 @@ _ADDED_IN = {
     "prompt_hash": 2,
     **dict.fromkeys(DETAIL_SCHEMA.names, 3),
     **dict.fromkeys((*REUSE_SCHEMA.names, *GROUP_SCHEMA.names), 4),
+    "is_scored": 5,
 }
 # Characters of a JSON text from which on the objects that it is parsed into, and let go again, are counted.
 _LONG_TEXT = 2**18

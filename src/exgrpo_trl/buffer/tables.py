@@ -29,12 +29,19 @@ EXPERIENCE_SCHEMA = pa.schema(
         ("reward", pa.float64()),
         ("entropy", pa.float64()),
         ("prompt_hash", pa.int64()),
+        ("is_scored", pa.bool_()),
     ]
 )
 # A number that completions of one group share; null where single completions are kept.
 GROUP_SCHEMA = pa.schema([("group", pa.int64())])
 # Columns that files of an earlier version lack, with what stands for them.
-LATER_COLUMNS = {"prompt_hash": UNKNOWN_PROMPT, **dict.fromkeys(DETAIL_SCHEMA.names), **NO_REUSE, "group": None}
+LATER_COLUMNS = {
+    "prompt_hash": UNKNOWN_PROMPT,
+    **dict.fromkeys(DETAIL_SCHEMA.names),
+    **NO_REUSE,
+    "group": None,
+    "is_scored": False,
+}
 QUESTION_SCHEMA = pa.schema([("question_id", pa.string()), ("example", pa.large_string()), ("bucket", pa.int32())])
 
 # Bounds of one batch, so that memory use while saving and loading does not grow with the buffer.
@@ -77,6 +84,7 @@ def experiences_to_arrays(experiences: Sequence[Experience]) -> list[pa.Array]:
         pa.array([experience.reward for experience in experiences], pa.float64()),
         pa.array([experience.entropy for experience in experiences], pa.float64()),
         pa.array([experience.prompt_hash for experience in experiences], pa.int64()),
+        pa.array([experience.is_scored for experience in experiences], pa.bool_()),
     ]
 
 
@@ -124,7 +132,9 @@ def experiences_from_table(
     shared_version, shared_hash = (
         [shared.setdefault(number, number) for number in numbers.tolist()] for numbers in (versions, hashes)
     )
-    columns = (shared_version, rewards.tolist(), entropies.tolist(), shared_hash, details)
+    is_scored = table.column("is_scored")
+    require(not is_scored.null_count, "`is_scored` is never null")
+    columns = (shared_version, rewards.tolist(), entropies.tolist(), shared_hash, details, is_scored.to_pylist())
     return [
         Experience(token_bytes[start:end], logp_bytes[start:end], *of_row)
         for start, end, *of_row in zip(bounds, bounds[1:], *columns, strict=False)

@@ -15,3 +15,9 @@ def readable(text: str) -> str:
     return "".join(
         character if character.isprintable() or character == "\n" else ascii(character)[1:-1] for character in text
     )
+
+
+def one_line(text: str, most: int | None = None) -> str:
+    r"""The same in a single line, of at most so many characters: a stored line break would look like a row of ours."""
+    shown = readable(text if most is None else text[: most + 1]).replace("\n", "\\n")
+    return shown if most is None or len(shown) <= most else f"{shown[: most - 3]}..."
