@@ -23,7 +23,20 @@ def test_import_is_free_of_heavy_libraries() -> None:
     assert run(f"import sys, exgrpo_trl; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
-@pytest.mark.parametrize("module", ["records", "values", "examples", "buffer", "buffer.files", "strategies", "cli"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "records",
+        "values",
+        "examples",
+        "buffer",
+        "buffer.files",
+        "strategies",
+        "replay_log",
+        "replay_log_writer",
+        "cli",
+    ],
+)
 def test_the_buffer_side_is_free_of_torch(module: str) -> None:
     heavy = "{'torch', 'trl', 'transformers', 'datasets'}"
     assert run(f"import sys, exgrpo_trl.{module}; print({heavy} & set(sys.modules))").strip() == "set()"
@@ -66,10 +79,11 @@ def test_py_typed_is_shipped() -> None:
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
     "errors", "saved_state", "images", "value_codecs", "values", "rollout_details", "records", "examples",
-    "strategies", "buffer", "cli",
+    "strategies", "buffer", "replay_log", "cli",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
-    "compatibility", "asking", "replayer", "filling", "generation", "own_experience", "trainer",
+    "log_rows", "replay_log_writer", "compatibility", "asking", "replayer", "filling", "generation",
+    "own_experience", "trainer",
 ]  # fmt: skip
 
 

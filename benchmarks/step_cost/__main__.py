@@ -3,6 +3,7 @@ What replay costs: seconds per optimizer step of ExGRPO beside TRL's GRPO, by ph
 
     python -m benchmarks.step_cost --output benchmarks/results/step_cost.json
     python -m benchmarks.step_cost --ways --output benchmarks/results/step_cost_ways.json
+    python -m benchmarks.step_cost --log --output outputs/benchmarks/step_cost_log.json
     python -m benchmarks.step_cost --short
 
 All trainers live in one thread of one process and take their steps in turn, so that whatever slows the machine down
@@ -33,6 +34,8 @@ from benchmarks.step_cost.summary import (
     COLUMNS,
     FEWER,
     GRPO,
+    LOGGED,
+    NOT_LOGGED,
     PRICE_COLUMNS,
     SAVING,
     price_rows,
@@ -49,6 +52,7 @@ FULL = [
     (SMOLLM2, FRACTIONS, 5), (SMOLLM2, CANDIDATES, 10), (SMOLLM2_64, CANDIDATES, 5),
 ]  # fmt: skip
 WAYS = [(TINY, SAVING, 12), (TINY_128, SAVING, 5), (TINY_384, FEWER, 5)]  # fmt: skip
+LOG = [(TINY, [GRPO, LOGGED, NOT_LOGGED], 40)]
 SHORT = [
     (TINY, FRACTIONS, 8), (TINY, CANDIDATES, 8), (TINY, SAVING, 8),
     (TINY_128, [GRPO, Method(0.5, 1), Method(0.5, 4)], 4),
@@ -63,22 +67,26 @@ def main() -> None:
         "--short", action="store_true", help="fewer steps: some five minutes instead of three quarters of an hour"
     )
     parser.add_argument("--ways", action="store_true", help="the ways to save, in five minutes")
+    parser.add_argument("--log", action="store_true", help="the log of replays, in two minutes")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/step_cost.json"))
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
 
     results: list[dict[str, Any]] = []
-    for size, methods, num_steps in WAYS if arguments.ways else SHORT if arguments.short else FULL:
+    is_partial = arguments.ways or arguments.log
+    for size, methods, num_steps in (
+        LOG if arguments.log else WAYS if arguments.ways else SHORT if arguments.short else FULL
+    ):
         with tempfile.TemporaryDirectory() as folder:
             steps = steps_in_turn(size, methods, num_steps, WARM_UP, folder)
         batch = f"{size.num_questions} questions of 8 completions of {size.length} tokens"
         show(f"{size.model}: {batch}, {num_steps} steps; milliseconds by phase", COLUMNS, table_rows(steps))
         results.append({"size": vars(size), "steps": steps})
-    for size in () if arguments.ways else (TINY, SMOLLM2):
+    for size in () if is_partial else (TINY, SMOLLM2):
         repetitions = 1 if arguments.short else 2
         memory = measure_memory(size, [GRPO, Method(0.5, 8)], repetitions)
         results.append({"size": vars(size), "peak_memory_gib": memory})
-    if not arguments.ways:
+    if not is_partial:
         show("What a completion costs, half replayed, 8 stored of each", PRICE_COLUMNS, price_rows(results))
     targets = targets_of(results)
     show_targets(targets)

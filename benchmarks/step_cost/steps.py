@@ -45,12 +45,14 @@ class Method:
         candidates: Stored completions of every question.
         way: `"current"` (the paper), `"last_known"`, or `"group"`: whole groups.
         per_group: Stored completions in the group of a replayed question.
+        replay_log: Whether it is written down what was replayed.
     """
 
     replay_fraction: float | None = None
     candidates: int = 1
     way: str = "current"
     per_group: int = 1
+    replay_log: bool = True
 
     def __str__(self) -> str:
         if self.replay_fraction is None:
@@ -59,6 +61,7 @@ class Method:
             return f"ExGRPO {self.replay_fraction:g}, whole groups"
         ways = [] if self.way == "current" else ["last known scores"]
         ways += [f"{self.per_group} in a group"] if self.per_group > 1 else []
+        ways += [] if self.replay_log else ["no log of replays"]
         return ", ".join([f"ExGRPO {self.replay_fraction:g}", f"{self.candidates} stored", *ways])
 
     def num_replayed(self, size: Size) -> int:
@@ -73,8 +76,12 @@ class Method:
     def config(self) -> dict[str, Any]:
         """Fields of the config."""
         if self.way == "group":
-            return {"replay_unit": "group"}
-        return {"candidate_scores": self.way, "stored_per_group": self.per_group}
+            return {"replay_unit": "group", "replay_log": self.replay_log}
+        return {
+            "candidate_scores": self.way,
+            "stored_per_group": self.per_group,
+            "replay_log": self.replay_log,
+        }
 
 
 @dataclass
@@ -312,7 +319,7 @@ def steps_in_turn(
     """
 
     def train(method: Method, pause: Callable[[], Any]) -> list[dict[str, float]]:
-        trainer = make_trainer(size, method, warm_up + steps, output_dir)
+        trainer = make_trainer(size, method, warm_up + steps, Path(output_dir) / str(method))  # with a log of its own
         times = StepTimes(pause)
         watch_phases(trainer, times.stopwatch.watch)
         trainer.add_callback(times)

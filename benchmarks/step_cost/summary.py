@@ -22,7 +22,8 @@ FEWER = [
     GRPO,
     *(method for method in SAVING if method.candidates == 4 or method.per_group == 4 or method.way == "group"),
 ]
-STEP_AIM, MEMORY_AIM = 1.00, 1.02
+LOGGED, NOT_LOGGED = Method(0.5, 4), Method(0.5, 4, replay_log=False)
+STEP_AIM, MEMORY_AIM, LOG_AIM = 1.00, 1.02, 1.005
 # Of GRPO's step, where generation is more than half of it.
 SEVERAL_AIM, GROUP_AIM = 0.90, 0.75
 BOOKKEEPING_AIM = 1.0
@@ -147,6 +148,27 @@ def bookkeeping_targets(results: list[dict[str, Any]]) -> list[Target]:
     return targets
 
 
+def log_targets(results: list[dict[str, Any]]) -> list[Target]:
+    """The aim for the log of replays: steps with it beside steps without, turn by turn."""
+    targets = []
+    for size, measured in by_size(results).items():
+        ratio = [
+            seconds_of(steps, str(LOGGED), "total") / seconds_of(steps, str(NOT_LOGGED), "total")
+            for steps in measured
+            if str(NOT_LOGGED) in steps
+        ]
+        if ratio:
+            of_all = np.concatenate(ratio)
+            targets.append(
+                Target(
+                    f"log of replays, {size.model}, {size.length} tokens, {LOGGED}",
+                    f"at most {LOG_AIM:.3f} of a step without", middle(of_all, 4), bool(np.median(of_all) <= LOG_AIM),
+                    "why each completion was chosen, and a file written again every ten seconds",
+                )
+            )  # fmt: skip
+    return targets
+
+
 def targets_of(results: list[dict[str, Any]]) -> list[Target]:
     """The aims for replaying half of the questions. Several measurements of one method count together."""
     targets = []
@@ -167,7 +189,7 @@ def targets_of(results: list[dict[str, Any]]) -> list[Target]:
                     bool(np.median(ratio) <= aim), cause_of(size, method, measured),
                 )
             )  # fmt: skip
-    targets += bookkeeping_targets(results)
+    targets += bookkeeping_targets(results) + log_targets(results)
     for result in results:
         if "peak_memory_gib" not in result:
             continue

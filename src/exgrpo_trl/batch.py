@@ -16,7 +16,7 @@ from accelerate.utils import find_device, send_to_device
 from .examples import image_digests, packed, placed_row, question_of_row, shown_columns
 from .fresh import FreshRollouts
 from .images import opened
-from .plan import Plan
+from .plan import Choice, Plan
 from .records import Experience, Question, Replay, Scores, prompt_hash
 from .rollout_details import RolloutDetails
 from .rows import check_rows, checksum, lacks_images, loss_mask
@@ -73,6 +73,8 @@ class Batch:
             Whether whole groups are stored, failures included, instead of single successes.
         fills_groups (`bool`, *optional*, defaults to `False`):
             Whether stored successes take the place of failures where a group failed as a whole.
+        choices (`dict[int, Choice]`, *optional*):
+            Why each stored completion was chosen, by row; on the main process, where the log of replays asks for it.
 
     Attributes:
         replaced (`dict[int, float]`):
@@ -127,6 +129,7 @@ class Batch:
     may_differ: bool = False
     stores_groups: bool = False
     fills_groups: bool = False
+    choices: dict[int, Choice] = field(default_factory=dict)
     replaced: dict[int, float] = field(default_factory=dict)
     questions: dict[int, Question] = field(default_factory=dict)
     token_ids: list[list[int]] = field(default_factory=list)

@@ -158,6 +158,13 @@ class ExGRPOConfig(GRPOConfig):
         drop_retired_questions (`bool`, *optional*, defaults to `True`):
             Whether retired questions also leave the training dataset from the next epoch on. The number of steps per
             epoch stays; the remaining questions come up more often. Has no effect on iterable datasets.
+
+        > Parameters that control what is written down
+
+        replay_log (`bool`, *optional*, defaults to `True`):
+            Whether the main process writes down which stored completions were replayed, and why, in
+            `output_dir/replay_log`: a few dozen bytes for each of them, at most about 40 MB in all. `exgrpo-trl why`
+            reads it, also while the training goes on.
     """
 
     _VALID_DICT_FIELDS = [
@@ -351,6 +358,13 @@ class ExGRPOConfig(GRPOConfig):
     drop_retired_questions: bool = field(
         default=True,
         metadata={"help": "Whether retired questions leave the training dataset from the next epoch on."},
+    )
+    replay_log: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether it is written down in output_dir/replay_log which stored completions were replayed, and "
+            "why, for the command exgrpo-trl why."
+        },
     )
 
     def __post_init__(self) -> None:

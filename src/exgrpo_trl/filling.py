@@ -148,6 +148,7 @@ def choose_fills(
         choice.selection.add_scores(scores)
         whole.extend(choice.choose())
         replayer.note_selection(choice.selection)
+        batch.choices.update(choice.selection.choices)
         told = Plan(batch.policy_version, True, tuple(whole))
         size = batch.group_size
         rewards = {replay.row: failed[replay.row // size][replay.row % size] for replay in whole}

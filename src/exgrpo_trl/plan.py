@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .images import referenced
-from .records import Question, Replay
+from .records import Candidate, Question, Replay, Reuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,29 @@ class Plan:
         replays = tuple(map(_without_images, self.replays))
         is_same = all(bare is replay for bare, replay in zip(replays, self.replays, strict=True))
         return self if is_same else replace(self, replays=replays, has_images=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """
+    Why a stored completion is replayed, as the main process saw it when it chose.
+
+    Args:
+        chosen ([`Candidate`]):
+            The completion, with the scores that it was chosen by.
+        competitors (`tuple[Candidate, ...]`):
+            What it was chosen from besides: the other candidates, or the first completion of each other group. Empty
+            where there was no choice.
+        bucket (`int` or `None`):
+            Bucket of its question; `None` where the buffer has it in none.
+        reuse ([`Reuse`] or `None`):
+            How it was used before; `None` where the buffer does not know.
+    """
+
+    chosen: Candidate
+    competitors: tuple[Candidate, ...]
+    bucket: int | None
+    reuse: Reuse | None
 
 
 def _without_images(replay: Replay) -> Replay:

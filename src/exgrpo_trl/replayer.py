@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from .coverage import Coverage
 from .dataset import DroppedQuestions
 from .examples import packed
 from .images import StoredImage
+from .log_rows import log_rows
 from .metrics import LogRatios, RatioSums, ReplayMetrics, merged
 from .notices import Notices
 from .pacing import Pacing
@@ -29,7 +31,8 @@ from .processes import Processes
 from .prompts import Prompts
 from .questions import Replayable, TrainingQuestions
 from .records import Experience, Question, Replay, Scores
-from .reuse import settle
+from .replay_log_writer import ReplayLog
+from .reuse import REASONS, settle
 from .rows import checksum
 from .saved_state import count_of, flag_of, part_of
 from .scoring import Prompted, score_candidates, without_images
@@ -81,6 +84,8 @@ class Replayer:
             The batch that was planned last; `None` before the first.
         num_losses (`int`):
             Losses of training that replay has taken part in.
+        log ([`ReplayLog`]):
+            What is written down of every replay, on the main process.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class Replayer:
         self.log_ratios: LogRatios = LogRatios()  # of this process, since the last log line
         self.ratio_sums: RatioSums = RatioSums()  # of this process, since the last batch was collected
         self.notices: Notices = Notices(args, success_rule, requires_success=strategies.admission.requires_success)
+        self.log: ReplayLog = ReplayLog(args.output_dir, is_on=args.replay_log, warn=logger.warning)
         self._has_begun = False
         self._version_offset = 0
         self._num_drifted = 0  # candidates evicted since the last batch was collected
@@ -215,6 +221,7 @@ class Replayer:
         def draw() -> tuple[bool, list[Prompted]]:
             if not self._has_begun:
                 self.notices.start(self.buffer, self.is_started)
+                self.log.begin(global_step)
             self._has_begun = True
             if self.is_started and not self.is_stopped and self.args.replay_fraction:
                 version = self._version_offset + global_step
@@ -256,6 +263,7 @@ class Replayer:
             may_differ=self.questions.may_differ,
             stores_groups=self.args.replays_groups,
             fills_groups=self.args.fill_failed_groups,
+            choices=selection.choices,
         )
         self._open[self.batch.number] = self.batch
         return self.batch
@@ -375,9 +383,11 @@ class Replayer:
             self.coverage.generated(share.generated)
         self.pacing.replayed((replay.question.question_id for replay in batch.planned), batch.policy_version)
         evicted = settle(self.buffer, self.args, batch)
-        evicted["drifted"] += self._num_drifted
+        counts = Counter(evicted.values())
+        counts["drifted"] += self._num_drifted
         self._num_drifted = 0
-        self.metrics.add_collection(evicted)
+        self.metrics.add_collection({reason: counts[reason] for reason in REASONS})
+        self.log.add(batch.global_step + 1, log_rows(batch, self.args, evicted) if self.log.is_on else ())
         self.pacing.observe(merged(sums).effective_sample_size)
         for group, question, experiences in batch.groups():
             is_solved = bool(admission.is_solved[group])
@@ -449,6 +459,7 @@ class Replayer:
 
         def save() -> None:
             begin_checkpoint(checkpoint)
+            self.log.flush(is_durable=True)
             self.buffer.replay_state = self.state_dict()
             self.buffer.save(os.path.join(checkpoint, "experience_buffer"))
 
@@ -478,6 +489,7 @@ class Replayer:
                 self._examine_buffer()
             else:  # a buffer that was saved by hand
                 self._begin_training()
+                self.log.load_state_dict({})
             return {"weighting": self.strategies.weighting.state_dict(), "is_covering": self.coverage.is_on}
 
         told = self.processes.decide("loading the experience buffer", load)
@@ -501,6 +513,7 @@ class Replayer:
             "success_rule": self.success_rule.state_dict(),
             "coverage": self.coverage.state_dict(),
             "pacing": self.pacing.state_dict(),
+            "log": self.log.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -525,3 +538,4 @@ class Replayer:
             self.coverage.load_state_dict(part_of(state, "coverage"))
         if "pacing" in state:
             self.pacing.load_state_dict(part_of(state, "pacing"))
+        self.log.load_state_dict(part_of(state, "log") if "log" in state else {})

@@ -11,8 +11,11 @@ from .buffer import ReplayBuffer
 from .config import ExGRPOConfig
 from .records import Replay, Reuse
 
+# Why a completion leaves after it was replayed.
+REASONS = ("incorrect", "drifted", "used_up")
 
-def settle(buffer: ReplayBuffer, args: ExGRPOConfig, batch: Batch) -> dict[str, int]:
+
+def settle(buffer: ReplayBuffer, args: ExGRPOConfig, batch: Batch) -> dict[int, str]:
     """
     Note the replays of a batch that was trained, and evict those that are done with.
 
@@ -25,15 +28,15 @@ def settle(buffer: ReplayBuffer, args: ExGRPOConfig, batch: Batch) -> dict[str, 
             The batch, with what all processes know of it.
 
     Returns:
-        `dict[str, int]`:
-            Number of completions that left, by reason.
+        `dict[int, str]`:
+            Why completions have left, by row: one of `REASONS`.
     """
-    evicted = {"incorrect": 0, "drifted": 0, "used_up": 0}
+    evicted: dict[int, str] = {}
     for of_one in batch.replayed_items():
         reuses = [_note(buffer, batch, replay) for replay in of_one]
         reason = _reason_to_evict(args, batch, of_one, reuses)
         if reason is not None and buffer.evict(of_one[0].question.question_id, of_one[0].experience):
-            evicted[reason] += len(of_one)
+            evicted.update((replay.row, reason) for replay in of_one)
     return evicted
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from .buffer import ReplayBuffer
 from .config import ExGRPOConfig
-from .plan import plan_rows, rows_of_group, spare
+from .plan import Choice, plan_rows, rows_of_group, spare
 from .prompts import Prompts, Shown
 from .questions import Replayable
 from .records import Candidate, Experience, Question, Replay, Scores
@@ -37,6 +37,8 @@ class Selection:
             Candidates, with their questions, that the policy has left too far behind: they leave the buffer.
         agreements (`list[bool]`):
             For each choice by present scores: whether the last known ones would have led to the same.
+        choices (`dict[int, Choice]`):
+            Why each of the replays was chosen, by row, for the log of replays.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Selection:
         self.groups: dict[str, Sequence[Sequence[Experience]]] = {}
         self.drifted: list[tuple[str, Experience]] = []
         self.agreements: list[bool] = []
+        self.choices: dict[int, Choice] = {}
 
     def draw(self, policy_version: int, num_questions: int, resting: Collection[str] = ()) -> None:
         """
@@ -189,11 +192,12 @@ class Selection:
     ) -> list[Replay]:
         """As many of a question's candidates as there are rows, chosen one after the other, in these rows."""
         waiting, chosen = list(candidates), list[Candidate]()
-        while len(chosen) < len(rows):
+        for row in rows:
             has_choice = len(waiting) > len(rows) - len(chosen)
             index = self._index(waiting, rng) if has_choice else 0
             chosen.append(waiting[index])
             waiting = waiting[:index] + waiting[index + 1 :]  # a selector may keep what it was shown
+            self._note(question_id, row, chosen[-1], waiting if has_choice else ())
         return [
             Replay(self.questions[question_id], candidate.experience, of_one, candidate.entropy)
             for of_one, candidate in zip(rows, chosen, strict=True)
@@ -221,7 +225,20 @@ class Selection:
                 f"The group selector returned {index!r} for {len(groups)} groups. Return the index of one."
             )
         first = row - row % self.args.num_generations
+        others = [Candidate(group[0]) for number, group in enumerate(groups) if number != index]
+        for slot, experience in enumerate(groups[index]):
+            self._note(question_id, first + slot, Candidate(experience), others)
         return [
             Replay(self.questions[question_id], experience, first + slot)
             for slot, experience in enumerate(groups[index])
         ]
+
+    def _note(self, question_id: str, row: int, chosen: Candidate, competitors: Sequence[Candidate]) -> None:
+        """Keep why a completion was chosen, before anything of the buffer changes."""
+        if not self.args.replay_log:
+            return
+        buckets = self.buffer.buckets().items()
+        bucket = next((bucket for bucket, ids in buckets if question_id in ids), None)
+        # A buffer of the user may not know.
+        reuse = self.buffer.reuse(chosen.experience) if hasattr(self.buffer, "reuse") else None
+        self.choices[row] = Choice(chosen, tuple(competitors), bucket, reuse)

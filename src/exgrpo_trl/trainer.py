@@ -444,8 +444,11 @@ class ExGRPOTrainer(GenerationHooks):
             )
         self._follow_dataset()
         self.replayer.begin_training()
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.replayer.finish()
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.replayer.finish()
+        finally:  # an error is what one wants to know the replays before it of
+            self.replayer.log.flush()
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -215,7 +215,7 @@ def test_steps_are_taken_in_turn_and_timed_by_phase(tmp_path, monkeypatch):
         begin(times)
 
     monkeypatch.setattr(steps.StepTimes, "begin", watched)
-    methods = [Method(), Method(0.0, 2), Method(0.5, 1), Method(0.5, 2)]
+    methods = [Method(), Method(0.0, 2), Method(0.5, 1), Method(0.5, 2, replay_log=False)]
     measured = steps.steps_in_turn(Size("tiny", 2, 4), methods, steps=2, warm_up=1, output_dir=tmp_path)
     a, b, c, d = order[:4]
     assert len({a, b, c, d}) == 4
@@ -367,6 +367,10 @@ def test_targets_of_step_cost_are_judged_as_computed_by_hand():
     assert (one.is_met, four.is_met) == (True, False)  # the middle of 2.9 / 3, 2.9 / 3, 6.2 / 6; of 1.1, 1.1, 0.55
     # 1.6 s for 32 completions; 0.4 s for four of each of two questions; 0.3 of 3 s.
     assert four.cause.startswith("8 scored at 50 ms, 2 not generated at 50 ms; bookkeeping +10.0%, loss")
+    logged = [seconds(3.0), seconds(3.003), seconds(3.3)]
+    with_log = {"ExGRPO 0.5, 4 stored": logged, "ExGRPO 0.5, 4 stored, no log of replays": [seconds(3.0)] * 3}
+    of_log = step_summary.targets_of([{"size": size, "steps": {"GRPO": logged, **with_log}}])[-1]
+    assert (of_log.measured, of_log.is_met) == ("1.0010 (1.0005 to 1.0505)", True)
     slow_loss = {"GRPO": [seconds(3.0)], "slow": [seconds(4.0) | {"loss": 1.6}]}
     assert step_summary.ratios(slow_loss, "slow").tolist() == [4 / 3]
     np.testing.assert_allclose(step_summary.ratios(slow_loss, "slow", same_loss=True), [3.4 / 3])
