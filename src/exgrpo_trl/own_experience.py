@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from transformers.utils import logging
 
 from .buffer.as_dataset import check_is_dataset
@@ -28,7 +27,7 @@ _BATCHES_AT_ONCE = 8
 
 
 def score_experience(
-    trainer: Any, dataset: Dataset, *, bucket: int | None, success_threshold: float | None, add_eos: bool
+    trainer: Any, dataset: Any, *, bucket: int | None, success_threshold: float | None, add_eos: bool
 ) -> ExperienceReport:
     """
     Put completions of a dataset into the experience buffer of a trainer; all processes call this.

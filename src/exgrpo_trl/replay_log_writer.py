@@ -56,8 +56,8 @@ class ReplayLog:
     """
 
     def __init__(self, output_dir: str, *, is_on: bool, warn: Callable[[str], Any]) -> None:
-        self.folder = Path(output_dir) / LOG_FOLDER
-        self.is_on = is_on
+        self.folder: Path = Path(output_dir) / LOG_FOLDER
+        self.is_on: bool = is_on
         self._warn = warn
         self._flushed_at = time.monotonic()
         self._last: list[Any] | None = None  # what identifies the last row

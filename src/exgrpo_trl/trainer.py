@@ -268,7 +268,7 @@ class ExGRPOTrainer(GenerationHooks):
 
     def score_experience(
         self,
-        dataset: Dataset,
+        dataset: Any,
         *,
         bucket: int | None = None,
         success_threshold: float | None = None,

@@ -43,10 +43,10 @@ class Continuations:
         eos_token_ids: Collection[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.template = dict(template or {})
+        self.template: dict[str, Any] = dict(template or {})
         self.add_eos = add_eos
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.eos_token_ids = frozenset(eos_token_ids or own)
+        self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids or own)
         if add_eos and not own:
             raise ValueError("The tokenizer has no end token. Set its `eos_token`, or pass add_eos=False.")
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .buffer import ExperienceBuffer
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def fill_from_dataset(buffer: ExperienceBuffer, dataset: Dataset, group_size: int) -> None:

@@ -23,8 +23,8 @@ class Budget:
     """
 
     def __init__(self, num_file_bytes: int) -> None:
-        self.limit = max(FREE_BYTES, BYTES_PER_BYTE * num_file_bytes)
-        self.spent = 0
+        self.limit: int = max(FREE_BYTES, BYTES_PER_BYTE * num_file_bytes)
+        self.spent: int = 0
         self._num_file_bytes = num_file_bytes
 
     @property

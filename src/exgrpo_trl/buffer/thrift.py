@@ -26,7 +26,7 @@ class Reader:
     def __init__(self, content: bytes) -> None:
         self._content = content
         self._num_left = _MOST_VALUES
-        self.position = 0
+        self.position: int = 0
 
     def fields(self) -> Iterator[tuple[int, int]]:
         """Number and type of each field of a struct; its value has to be read before the next one."""
