@@ -101,6 +101,7 @@ def paths(run_of, tmp_path):
 # Every command at work, with what is decoded, and refused.
 CALLS = {
     "show": ["show {run}", "show {run} --list --filter text~a", "show {run} --question q1 --json", "show {none}"],
+    "why": ["why {run}", "why {run} --json", "why {none}"],
     "diff": ["diff {buffer} {run}", "diff {buffer} {none}"],
     "export": ["export {run} -o {out}.parquet", "export {run} -o {out}.jsonl", "export {none} -o {out}.2.jsonl"],
     "merge": ["merge {buffer} {run} -o {out}", "merge {buffer} {none} -o {out}.2"],
@@ -115,7 +116,9 @@ def test_no_command_imports_torch(command, paths, name):
         if str(paths["none"]) in arguments:
             error = command(*arguments, code=1)
             assert error.count("\n") == 1
-            assert f"error: The experience buffer at {paths['none']} does not exist." in error
+            assert error.startswith("error: The ")
+            assert str(paths["none"]) in error
+            assert "does not exist" in error
         else:
             assert command(*arguments)
 

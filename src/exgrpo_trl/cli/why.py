@@ -8,18 +8,18 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..replay_log import find_replay_log, read_replay_log
 from .readable import readable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 HELP = "which stored completions a step replayed, and why"
 _SCORES = ("entropy", "negative_log_likelihood", "mean_log_ratio", "drift")
@@ -53,6 +53,10 @@ def explain(path: Path, step: int | None = None, question_id: str | None = None)
     Raises:
         ExperienceBufferError: if there is no log, or it cannot be read.
     """
+    import pyarrow.compute as pc  # not for `--help`
+
+    from ..replay_log import find_replay_log, read_replay_log
+
     folder, log = find_replay_log(path), read_replay_log(path)
     if question_id is not None:
         known = question_id.encode(errors="replace").decode()  # no id has half a character
