@@ -404,6 +404,15 @@ def prompt_hash(token_ids: ArrayLike, image_digests: Iterable[str] = ()) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True) or 1
 
 
+def reaches(rewards: ArrayLike, threshold: float) -> NDArray[np.bool_]:
+    """
+    Which rewards are at least the threshold; NaN is not.
+
+    TRL keeps rewards in float32, where 0.9 is a little less than 0.9: a relative difference of 1e-6 is no difference.
+    """
+    return np.asarray(np.asarray(rewards) >= threshold - 1e-6 * max(1.0, abs(threshold)))
+
+
 def as_integer(name: str, value: Any, alternative: str = "") -> int:
     """An argument of that name as a plain integer; a float is none, a NumPy integer is one."""
     try:

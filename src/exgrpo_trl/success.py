@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from .records import reaches
 from .saved_state import lists_of_texts_of
 
 logger: Any = logging.get_logger(__name__)
@@ -159,12 +160,3 @@ def weighted_sum(rewards_per_func: np.ndarray, weights: np.ndarray) -> np.ndarra
     """Weighted sum of what functions gave, shape `(N,)`; NaN where none gave anything."""
     has_reward = ~np.isnan(rewards_per_func).all(axis=1)
     return np.where(has_reward, np.nansum(rewards_per_func * weights, axis=1), np.nan)
-
-
-def reaches(rewards: np.ndarray, threshold: float) -> np.ndarray:
-    """
-    Which rewards are at least the threshold; NaN is not.
-
-    TRL keeps rewards in float32, where 0.9 is a little less than 0.9: a relative difference of 1e-6 is no difference.
-    """
-    return np.asarray(rewards >= threshold - 1e-6 * max(1.0, abs(threshold)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..records import MAX_LOG_PROBABILITY, MAX_TOKEN_ID, MIN_LOG_PROBABILITY, as_integer
+from ..records import MAX_LOG_PROBABILITY, MAX_TOKEN_ID, MIN_LOG_PROBABILITY, as_integer, reaches
 from .settings import COMPLETION, checked_count
 
 LOGPS = "behavior_per_token_logps"
@@ -56,8 +56,8 @@ class Rules:
             raise ValueError("`success_threshold` must be a number, got NaN.")
 
     def is_success(self, reward: float) -> bool:
-        """Whether a reward counts as a success; as in training, a difference of float32 is none."""
-        return reward >= self.success_threshold - 1e-6 * max(1.0, abs(self.success_threshold))
+        """Whether a reward counts as a success."""
+        return bool(reaches(reward, self.success_threshold))
 
 
 def reward_of(content: Mapping[str, Any]) -> float:
