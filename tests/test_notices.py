@@ -57,6 +57,31 @@ def test_ten_batches_without_a_success(messages):
     assert "success_threshold=1.0" in message
 
 
+def test_rewards_that_are_none_are_not_called_the_best(messages):
+    told = make_notices()
+    for _ in range(10):
+        told.observe(batch_of([[float("nan"), float("nan")]]))
+    assert "No completion has got a reward" in messages[0]
+    assert "inf" not in messages[0]
+
+
+def test_infinite_rewards_are_said_once(messages):
+    told = make_notices()
+    for _ in range(3):
+        told.observe(batch_of([[float("inf"), 0.0], [-float("inf"), 1.0]]))
+    (message,) = messages
+    assert "rewards of 2 completions of a generation batch are infinite" in message
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_the_end_says_how_many_successes_there_were(messages, masks):
+    told = make_notices(mask_truncated_completions=masks)
+    told.observe(batch_of([[1.0, 0.0], [1.0, 1.0]]))
+    told.end(ExperienceBuffer(), 0)
+    assert "in 1 generation batches, in which 3 completions were successes" in messages[0]
+    assert ("mask_truncated_completions=True" in messages[0]) == masks
+
+
 @pytest.mark.parametrize("requires_success", [True, False])
 def test_no_doubt_after_a_success_or_where_none_is_needed(messages, requires_success):
     told = make_notices(requires_success)

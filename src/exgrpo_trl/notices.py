@@ -44,6 +44,7 @@ class Notices:
         self._num_batches = self._num_replaying = self._num_replayed = 0
         self._pass_rates: list[float] = []  # of the last batches before the delayed start
         self._has_told_of_waiting = False
+        self._num_successes = self._num_infinite = 0  # of fresh completions
 
     def start(self, buffer: ReplayBuffer, is_started: bool) -> None:
         """Say what is going to happen, before the first batch of a run."""
@@ -90,12 +91,23 @@ class Notices:
         self._num_batches += 1
         self._num_replaying += bool(batch.replays)
         self._num_replayed += len(batch.replays)
+        self._num_successes += int((batch.is_correct & batch.is_fresh).sum())
+        self._doubt_rewards(batch)
         self._doubt_threshold(batch)
         if not batch.plan.is_started and self.args.replay_start_pass_rate is not None:
             self._pass_rates = [*self._pass_rates, batch.fresh_pass_rate][-_PATIENCE:]
             if len(self._pass_rates) == _PATIENCE and not self._has_told_of_waiting:
                 self._has_told_of_waiting = True
                 logger.warning(self._waiting())
+
+    def _doubt_rewards(self, batch: Batch) -> None:
+        num_infinite = int(np.isinf(batch.rewards[batch.is_fresh]).sum())
+        if num_infinite and not self._num_infinite:
+            logger.warning(
+                f"The rewards of {num_infinite} completions of a generation batch are infinite: they are not stored, "
+                "and GRPO has no advantages for their groups. Let the reward functions return numbers, or None."
+            )
+        self._num_infinite += num_infinite
 
     def _doubt_threshold(self, batch: Batch) -> None:
         if self.num_batches_without_success is None:
@@ -109,11 +121,16 @@ class Notices:
             self._warn_no_success()
 
     def _warn_no_success(self) -> None:
+        if np.isneginf(self.best_reward):
+            cause = "No completion has got a reward: the reward functions gave None or NaN. Look into them."
+        else:
+            cause = (
+                f"The best reward seen is {self.best_reward:g}. Lower success_threshold. {self.rule.way_out} "
+                "Continuous rewards want difficulty='reward_std' with replay_start_pass_rate=None."
+            )
         logger.warning(
             f"No completion of {self.num_batches_without_success} generation batches was a success, so nothing was "
-            f"stored or replayed. {self.rule.description} The best reward seen is {self.best_reward:g}. Lower "
-            f"success_threshold. {self.rule.way_out} Continuous rewards want difficulty='reward_std' with "
-            "replay_start_pass_rate=None."
+            f"stored or replayed. {self.rule.description} {cause}"
         )
         self.num_batches_without_success = None
 
@@ -143,7 +160,16 @@ class Notices:
             return
         if self._pass_rates and not self._has_told_of_waiting:
             logger.warning(self._waiting())
-        logger.warning(f"Nothing was replayed in {self._num_batches} generation batches. {holds}")
+        logger.warning(
+            f"Nothing was replayed in {self._num_batches} generation batches, in which {self._num_successes} "
+            f"completions were successes. {holds}{self._why_not_stored}"
+        )
+
+    @property
+    def _why_not_stored(self) -> str:
+        if not self._num_successes or not self.args.mask_truncated_completions:
+            return ""
+        return " Truncated ones are not stored with mask_truncated_completions=True: raise max_completion_length."
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold; survives JSON."""
