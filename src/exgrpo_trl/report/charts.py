@@ -183,8 +183,8 @@ def _seconds(savings: Savings) -> Chart:
     return Chart(
         "seconds",
         "Seconds saved and spent",
-        "Saved is an estimate: tokens saved, at the tokens that a second of a step dealt with (TRL's num_tokens, prompts "
-        "included, and step_time). Only a run without replay tells exactly. Spent is the measured time of scoring "
+        "Saved is an estimate: tokens saved, at the tokens that a second of a step dealt with (TRL's num_tokens, "
+        "prompts included, and step_time). Only a run without replay tells exactly. Spent is the measured time of scoring "
         "candidates. Both since the start.",
         "seconds",
         _lines(("saved, estimated", savings.second_series), ("spent on scoring", savings.scoring_series)),

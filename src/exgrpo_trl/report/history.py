@@ -28,7 +28,8 @@ class Series(NamedTuple):
 
     def recent(self, most: int) -> float:
         """Mean of the newest values."""
-        return float(self.values[-most:].mean())
+        newest = self.values[-most:].tolist()
+        return math.fsum(newest) / len(newest)  # exact: equal values are their mean
 
 
 class History:

@@ -44,24 +44,32 @@
   function watchPlot(figure) {
     const chart = data.charts[figure.dataset.chart];
     const [plot, readout] = [figure.querySelector(".plot"), figure.querySelector(".readout")];
-    const svg = plot.querySelector("svg");
+    const svg = plot.querySelector("svg"), newest = readout.textContent;
+    const legend = [...figure.querySelectorAll(".legend b")].map((node) => [node, chart.lines[node.dataset.line], node.textContent]);
     const [left, right, top, bottom, first, last] = chart.axes;
     const steps = [...new Set(chart.lines.flatMap((line) => line.steps))].sort((a, b) => a - b);
     const cursor = document.createElementNS(svg.namespaceURI, "line");
     cursor.setAttribute("style", "stroke: var(--ink); stroke-width: 1; opacity: 0.55");
     let at = steps.length - 1;
 
+    // In the places of the newest values, so that nothing moves.
     function show(place) {
       at = place;
       const x = last === first ? left : left + ((steps[at] - first) / (last - first)) * (right - left);
       for (const [name, value] of Object.entries({ x1: x, x2: x, y1: top, y2: bottom })) cursor.setAttribute(name, value);
       svg.append(cursor);
-      const values = chart.lines.filter((line) => line.steps.includes(steps[at]));
-      readout.textContent = `step ${shown(steps[at])}: ` +
-        values.map((line) => `${line.name} ${shown(line.values[line.steps.indexOf(steps[at])])}`).join(", ");
+      readout.textContent = `at step ${shown(steps[at])}`;
+      for (const [node, line] of legend) {
+        const found = line.steps.indexOf(steps[at]);
+        node.textContent = found < 0 ? "–" : shown(line.values[found]);
+      }
     }
 
-    function hide() { cursor.remove(); readout.textContent = ""; }
+    function hide() {
+      cursor.remove();
+      readout.textContent = newest;
+      for (const [node, , text] of legend) node.textContent = text;
+    }
 
     function point(event) {
       const box = svg.getBoundingClientRect();

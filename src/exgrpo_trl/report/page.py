@@ -76,7 +76,7 @@ def notes(run: Run, stored: Stored) -> list[str]:
             "it."
         )
     if run.log is None:
-        found.append("There is no replay log: the run was trained with replay_log=False, or it was not copied.")
+        found.append(run.log_note)
     elif not run.is_log_whole:
         found.append("The replay log has lost its oldest rows, as it is bounded.")
     if run.history.source is None:
@@ -129,18 +129,19 @@ def _figure(chart: Chart, picture: Drawn | None) -> str:
     colours = stack_colours(len(chart.lines))
     legend = "".join(
         f"<li>{_swatch(number, colours[number] if chart.is_stack else None)}{_escaped(line.name)} "
-        f"<b>{_number(line.series.last)}</b></li>"
+        f'<b data-line="{number}">{_number(line.series.last)}</b></li>'
         for number, line in (reversed(list(enumerate(chart.lines))) if chart.is_stack else enumerate(chart.lines))
     )
+    last = max(int(line.series.steps[-1]) for line in chart.lines)
     label = f"{chart.title}, {chart.unit}. " + "; ".join(
         f"{line.name}: {_number(line.series.values[0])} at step {line.series.steps[0]:,}, "
         f"{_number(line.series.last)} at step {line.series.steps[-1]:,}"
         for line in chart.lines
     )
     return (
-        f'<figure data-chart="{chart.key}">{head}<ul class="legend">{legend}</ul>'
+        f'<figure data-chart="{chart.key}">{head}<ul class="legend" aria-live="polite">{legend}</ul>'
         f'<div class="plot" role="img" tabindex="0" aria-label="{_escaped(label)}">{picture.svg}</div>'
-        '<p class="readout quiet" aria-live="polite"></p></figure>'
+        f'<p class="readout quiet">at step {last:,}, the newest</p></figure>'
     )
 
 

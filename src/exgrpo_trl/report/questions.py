@@ -53,7 +53,7 @@ _COLUMNS = ("id", "prompt", "bucket", "stored", "updated", "reward", "tokens", "
 NOTHING = Stored({name: [] for name in _COLUMNS}, [], 0, 0, 0)
 
 
-def stored_questions(found: Opened, decoder: Decoder | None, most_bytes: int = MOST_BYTES) -> Stored:
+def stored_questions(found: Opened, decoder: Decoder | None, most_bytes: int) -> Stored:
     """The questions of a buffer with their completions, newest first."""
     groups = [list(run) for _, run in groupby(rows_of(found.buffer), lambda row: row.question.question_id)]
     groups.sort(key=lambda rows: -max(row.experience.policy_version for row in rows))
@@ -110,7 +110,7 @@ def _summary(rows: list[Row]) -> dict[str, Any]:
 
 def _described(found: Opened, questions: Sequence[list[Row]], decoder: Decoder | None) -> list[dict[str, Any]]:
     """Questions with all of their completions; decoded together."""
-    turns = [turns_of(row.experience) for rows in questions for row in rows]
+    turns = [_turns_of(row) for rows in questions for row in rows]
     texts = iter(_texts([row for rows in questions for row in rows], turns, decoder))
     its_turns = iter(turns)
     described = []
@@ -136,6 +136,13 @@ def _described(found: Opened, questions: Sequence[list[Row]], decoder: Decoder |
                 completion["group"] = number_of[id(row.experience)]
         described.append(question | {"completions": completions})
     return described
+
+
+def _turns_of(row: Row) -> list[tuple[str, int, int]]:
+    experience = row.experience
+    if experience.num_model_tokens == experience.num_tokens:  # nearly all, and there are many tokens
+        return [("", 0, experience.num_tokens)]
+    return turns_of(experience)
 
 
 def _prompt(prompt: Any) -> list[list[str]]:

@@ -40,6 +40,8 @@ class Run:
             Log lines, perhaps none.
         log (`pyarrow.Table`, *optional*):
             The log of replays, up to the step of the checkpoint that was asked for.
+        log_note (`str`):
+            Why there is none.
         is_log_whole (`bool`):
             Whether the log has all replays: its oldest rows go when it grows too large.
         sizes (`list[Sizes]`):
@@ -54,6 +56,7 @@ class Run:
     text_note: str = ""
     history: History = field(default_factory=History)
     log: pa.Table | None = None
+    log_note: str = "There is no replay log: the run was trained with replay_log=False, or it was not copied."
     is_log_whole: bool = True
     sizes: list[Sizes] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -181,7 +184,7 @@ def _read_log(run: Run, output_dir: Path, last: int | None) -> None:
     try:
         log = read_replay_log(folder)
     except ExperienceBufferError as error:
-        run.notes.append(str(error))
+        run.log_note = str(error)
         return
     run.is_log_whole = all(number_of(part) == 0 for part in parts_of(folder)[:1])
     run.log = log if last is None else log.filter(pc.less_equal(log.column("step"), last))

@@ -84,20 +84,20 @@ def _scoring(run: Run) -> Series:
 def _seconds(run: Run, saved: Series, processed: Series, scoring: Series) -> Series:
     step_time = run.history.series("step_time")
     # All of them stand in every training log line; where one does not, nothing is guessed.
-    steps = [step for step in saved.steps if step in set(processed.steps) & set(step_time.steps)]
-    if not steps:
+    steps = np.intersect1d(saved.steps, np.intersect1d(processed.steps, step_time.steps))
+    if not len(steps):
         return _NONE
     at = {name: _at(series, steps) for name, series in (("saved", saved), ("all", processed), ("time", step_time))}
     new_saved, new_all = (np.diff(at[name], prepend=0.0) for name in ("saved", "all"))
-    between = np.diff(np.array(steps, np.float64), prepend=0.0)
+    between = np.diff(steps.astype(np.float64), prepend=0.0)
     cost = np.diff(_at(scoring, steps), prepend=0.0) if len(scoring) else 0.0
     fresh, seconds = new_all - new_saved, np.maximum(at["time"] * between - cost, 0.0)
     is_known = (fresh > 0) & (new_saved >= 0)
     estimated = np.where(is_known, new_saved * seconds / np.where(is_known, fresh, 1.0), 0.0)
-    return Series(np.array(steps, np.int64), np.cumsum(estimated))
+    return Series(steps, np.cumsum(estimated))
 
 
-def _at(series: Series, steps: list[int]) -> np.ndarray:
+def _at(series: Series, steps: np.ndarray) -> np.ndarray:
     """Values at steps, of the last line before where there is none."""
     found = np.searchsorted(series.steps, steps, side="right") - 1
     return np.where(found >= 0, series.values[np.maximum(found, 0)], 0.0)

@@ -11,7 +11,7 @@ from ..records import ExperienceBufferError
 from .charts import charts_of
 from .drawing import check_matplotlib
 from .page import GENERATOR, page
-from .questions import NOTHING, stored_questions
+from .questions import MOST_BYTES, NOTHING, stored_questions
 from .run import read_run
 from .savings import savings_of
 from .signs import signs_of
@@ -61,7 +61,7 @@ def written(run_path: Path, output: Path, tokenizer: Path | None, *, force: bool
     run = read_run(run_path, tokenizer)
     savings, signs = savings_of(run), signs_of(run)
     said = sentences(run, savings, signs)
-    stored = NOTHING if run.buffer is None else stored_questions(run.buffer, run.decoder)
+    stored = NOTHING if run.buffer is None else stored_questions(run.buffer, run.decoder, MOST_BYTES)
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     text = page(run, said, signs, charts_of(run, savings), stored, when)
     with whole_file(output) as file:
