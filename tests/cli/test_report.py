@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import launched, opened
+from saved_runs import new_trainer
 from test_commands import HOSTILE, hostile_buffer
 from tokenizers import Tokenizer, decoders, models
+from transformers import TrainerCallback
 
 from exgrpo_trl import Experience, ExperienceBuffer, ExperienceBufferError, Question
 from exgrpo_trl.replay_log import read_replay_log
@@ -548,6 +550,38 @@ def test_what_is_there_is_not_lost(run_of, report, tmp_path, command):
     assert (tmp_path / "notes.html").read_text() == "mine"
     command("report", run_of("text"), "-o", tmp_path / "notes.html", "--force")
     assert "is a directory. Name a file" in command("report", run_of("text"), "-o", tmp_path, "--force", code=1)
+
+
+def test_a_run_that_goes_on(tmp_path, report):
+    found = {}
+
+    class Reporting(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            try:
+                found[state.global_step] = data_of(report(tmp_path / "run"))
+            except ExperienceBufferError as error:
+                found[state.global_step] = str(error)
+
+    options = {"save_steps": 2, "save_total_limit": 1, "callbacks": [Reporting()]}
+    new_trainer(tmp_path / "run", "text", **options).train()
+    assert "is not there: it has none of" in found[1], "nothing is saved yet"
+    assert [found[step]["now"] for step in (3, 4, 5, 6)] == [2, 2, 4, 4]
+    assert found[6]["charts"]["pass_rate"]["lines"][0]["steps"] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read(run_of, report, tmp_path, monkeypatch):
+    from exgrpo_trl.report import run as module
+
+    run, opened_before = copy_of(run_of("text"), tmp_path / "run"), module.opened
+
+    def removing(path):
+        if (run / "checkpoint-6").exists():
+            shutil.rmtree(run / "checkpoint-6")
+            raise ExperienceBufferError("gone")
+        return opened_before(path)
+
+    monkeypatch.setattr(module, "opened", removing)
+    assert data_of(report(run))["now"] == 3
 
 
 def test_another_tokenizer(run_of, report, tmp_path):

@@ -57,6 +57,8 @@ class Chart:
             Whether the vertical axis is logarithmic.
         top (`float`, *optional*):
             End of the vertical axis.
+        note (`str`):
+            What else to know.
     """
 
     key: str
@@ -70,6 +72,7 @@ class Chart:
     is_stack: bool = False
     is_log: bool = False
     top: float | None = None
+    note: str = ""
 
 
 def charts_of(run: Run, savings: Savings) -> list[Chart]:
@@ -183,12 +186,12 @@ def _seconds(savings: Savings) -> Chart:
     return Chart(
         "seconds",
         "Seconds saved and spent",
-        "Saved is an estimate: tokens saved, at the tokens that a second of a step dealt with (TRL's num_tokens, "
-        "prompts included, and step_time). Only a run without replay tells exactly. Spent is the measured time of scoring "
-        "candidates. Both since the start.",
+        "Saved is an estimate, spent is the measured time of scoring. Both since the start.",
         "seconds",
         _lines(("saved, estimated", savings.second_series), ("spent on scoring", savings.scoring_series)),
         "Needs log lines with replay/tokens_saved, and TRL's num_tokens and step_time.",
+        note="Estimated: the tokens saved, at the tokens that a second of a step dealt with (TRL's num_tokens, "
+        "prompts included, and step_time). Only a run without replay tells exactly.",
     )
 
 

@@ -126,6 +126,7 @@ def _figure(chart: Chart, picture: Drawn | None) -> str:
         return (
             f'<figure class="empty">{head}<p class="missing">Nothing to show. {_escaped(chart.missing)}</p></figure>'
         )
+    note = f'<p class="quiet note">{_escaped(chart.note)}</p>' if chart.note else ""
     colours = stack_colours(len(chart.lines))
     legend = "".join(
         f"<li>{_swatch(number, colours[number] if chart.is_stack else None)}{_escaped(line.name)} "
@@ -141,7 +142,7 @@ def _figure(chart: Chart, picture: Drawn | None) -> str:
     return (
         f'<figure data-chart="{chart.key}">{head}<ul class="legend" aria-live="polite">{legend}</ul>'
         f'<div class="plot" role="img" tabindex="0" aria-label="{_escaped(label)}">{picture.svg}</div>'
-        f'<p class="readout quiet">at step {last:,}, the newest</p></figure>'
+        f'<p class="readout quiet">at step {last:,}, the newest</p>{note}</figure>'
     )
 
 
