@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from exgrpo_trl import Experience, ExperienceBuffer, ExperienceBufferError, Question
 from exgrpo_trl.replay_log import read_replay_log
 from exgrpo_trl.report import write_report
+from exgrpo_trl.report.shown import json_in_page
 
 # What a log line has of replay by default.
 SHORT = {
@@ -391,6 +392,13 @@ def html_buffer(folder):
     return folder
 
 
+def test_data_in_a_page_begins_and_ends_no_element():
+    text = json_in_page({HTML: [HTML, "\u2028\u202e"]})
+    assert not set("<>&") & set(text)
+    assert text.isascii()
+    assert json.loads(text) == {HTML: [HTML, "\u2028\u202e"]}
+
+
 def test_html_shows_as_text(report, browser, tmp_path):
     name = "<img src=x onerror=alert(1)>"
     file = report(html_buffer(tmp_path / name))
@@ -411,6 +419,8 @@ def test_html_shows_as_text(report, browser, tmp_path):
         # What is in the file, and nothing that text has made.
         assert page.locator("script").count() == 4
         assert page.evaluate("document.documentElement.scrollWidth") == 360
+        ids = page.locator("[id]").evaluate_all("nodes => nodes.map(node => node.id)")
+        assert len(set(ids)) == len(ids)
         # A search marks text, and stays text.
         page.locator("#query").fill("<script>")
         page.wait_for_selector("mark")
@@ -534,7 +544,7 @@ def test_a_page_that_would_be_too_large_says_so(report, browser, tmp_path, monke
         assert "is left out of this page" in page.locator("tr.detail").text_content()
 
 
-def test_what_is_there_is_not_lost(run_of, report, tmp_path, command):
+def test_what_is_there_is_not_lost(run_of, report, tmp_path, command, monkeypatch):
     file = report(run_of("text"))
     first = file.read_text()
     assert report(run_of("chat")) == file
@@ -542,6 +552,12 @@ def test_what_is_there_is_not_lost(run_of, report, tmp_path, command):
     kept = file.read_text()
     with pytest.raises(ExperienceBufferError, match="does not exist"):
         report(tmp_path / "none")
+    assert file.read_text() == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    with monkeypatch.context() as patch:
+        patch.setattr("exgrpo_trl.report.writing.page", lambda *parts: "half \ud800")
+        with pytest.raises(UnicodeEncodeError):
+            report(run_of("text"))
     assert file.read_text() == kept
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     (tmp_path / "notes.html").write_text("mine")

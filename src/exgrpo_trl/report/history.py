@@ -50,7 +50,9 @@ class History:
     def __init__(
         self, lines: Sequence[Any] = (), step: int = 0, max_steps: int | None = None, source: Path | None = None
     ) -> None:
-        self.step, self.max_steps, self.source = step, max_steps, source
+        self.step: int = step
+        self.max_steps: int | None = max_steps
+        self.source: Path | None = source
         self._lines: dict[int, dict[str, float]] = {}
         for line in lines:
             at = line.get("step") if isinstance(line, dict) else None

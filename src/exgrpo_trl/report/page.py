@@ -52,6 +52,7 @@ def page(run: Run, said: list[str], signs: list[Sign], charts: list[Chart], stor
         "STATE": _escaped(_state(run)),
         "SAID": "".join(f"<p>{_escaped(sentence)}</p>" for sentence in said),
         "LEVEL": {WARNING: "warned", HINT: "unsure", UNKNOWN: "unsure"}.get(signs[0].level, ""),
+        "OPEN": "open" if signs[0].level == WARNING else "",
         "SIGNS": "".join(map(_sign, signs)),
         "NUM_SIGNS": str(len(signs)),
         "CHARTS": "".join(map(_figure, charts, pictures)),
@@ -114,9 +115,9 @@ def _sign(sign: Sign) -> str:
     value = "not known" if sign.level == UNKNOWN and sign.value == "unknown" else sign.value
     meaning = f'<p class="meaning">{_escaped(sign.meaning)}</p>' if sign.meaning else ""
     return (
-        f'<li class="{sign.level}"><span class="level">{sign.level}</span> <b>{_escaped(sign.name)}</b> '
+        f'<li class="{sign.level}"><span class="level">{sign.level}</span><div><b>{_escaped(sign.name)}</b> '
         f'<span class="value">{_escaped(value)}</span> <span class="quiet">warns {_escaped(sign.threshold)}</span>'
-        f"{meaning}</li>"
+        f"{meaning}</div></li>"
     )
 
 
