@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import pytest
 
@@ -13,15 +14,16 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-REASON = "no browser: apt-get install chromium"
+BROWSER, DRIVER = "a browser (apt-get install chromium)", "playwright (the extra `dev`)"
 
 
 @contextmanager
 def launched():
     """A browser. Without one the tests are skipped, unless REQUIRE_BROWSER is set: then they fail."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)(REASON)
+    missing = [name for name, is_there in ((BROWSER, found), (DRIVER, find_spec("playwright"))) if not is_there]
+    if missing:
+        (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)(f"needs {' and '.join(missing)}")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
