@@ -93,6 +93,17 @@ def test_sentences_of_runs_without_replay():
     assert did_replay_happen(run_of(empty)).endswith("none was solved at times, but not always.")
 
 
+def test_batches_that_begin_with_the_same_step():
+    rows = [{"step": step, "last_step": step, "batch": batch} for step, batch in ((4, 0), (4, 0), (4, 1), (6, 0))]
+    log = pa.Table.from_pylist([dict.fromkeys(LOG_SCHEMA.names) | row for row in rows], schema=LOG_SCHEMA)
+    run = Run(path=None, log=log)
+    assert did_replay_happen(run) == (
+        "Replay happened: 4 stored completions came back in 3 batches, from step 4 to step 6."
+    )
+    run.is_log_whole = False
+    assert "at least 4 stored completions came back in at least 3 batches" in did_replay_happen(run)
+
+
 def test_savings_of_a_batch_that_trains_several_steps():
     lines = {"replay/scoring_seconds": 2.0, "replay/tokens_saved": 10.0, "num_tokens": 110.0, "step_time": 5.0}
     row = dict.fromkeys(LOG_SCHEMA.names) | {"step": 1, "last_step": 2}

@@ -23,10 +23,12 @@ def did_replay_happen(run: Run) -> str:
         share = f"; {fractions.values[began[0] :].mean():.0%} of the questions of a batch on average"
     if run.log is not None and len(run.log):
         steps = np.unique(run.replay_column("step"))
+        # Several may begin with the same step.
+        batches = np.unique(np.stack([run.replay_column("step"), run.replay_column("batch")]), axis=1).shape[1]
         least = "" if run.is_log_whole else "at least "
         return (
             f"Replay happened: {least}{counted(len(run.log), 'stored completion')} came back in {least}"
-            f"{counted(len(steps), 'batch', 'batches')}, from step {steps[0]:,.0f} to step {steps[-1]:,.0f}{share}."
+            f"{counted(batches, 'batch', 'batches')}, from step {steps[0]:,.0f} to step {steps[-1]:,.0f}{share}."
         )
     if len(began):
         # Averages between two log lines.
