@@ -35,10 +35,11 @@ def test_import_is_free_of_heavy_libraries() -> None:
         "replay_log",
         "replay_log_writer",
         "cli",
+        "report",
     ],
 )
 def test_the_buffer_side_is_free_of_torch(module: str) -> None:
-    heavy = "{'torch', 'trl', 'transformers', 'datasets'}"
+    heavy = "{'torch', 'trl', 'transformers', 'datasets', 'matplotlib'}"
     assert run(f"import sys, exgrpo_trl.{module}; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
@@ -79,7 +80,7 @@ def test_py_typed_is_shipped() -> None:
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
     "errors", "saved_state", "images", "value_codecs", "values", "rollout_details", "records", "examples",
-    "strategies", "buffer", "replay_log", "cli",
+    "strategies", "buffer", "replay_log", "cli", "report",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
     "log_rows", "replay_log_writer", "compatibility", "asking", "replayer", "filling", "generation",
@@ -106,7 +107,7 @@ def test_imports_point_one_way() -> None:
 
 def test_a_folder_is_imported_one_way_too() -> None:
     folder = Path(exgrpo_trl.__file__).parent
-    for part in ("buffer", "strategies", "rollouts", "cli"):
+    for part in ("buffer", "strategies", "rollouts", "cli", "report"):
         imported = {
             module.stem: set(re.findall(r"^from \.(\w+) import", module.read_text(), flags=re.MULTILINE))
             for module in (folder / part).glob("*.py")

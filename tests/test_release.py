@@ -115,6 +115,8 @@ def test_the_wheel_has_the_package_and_nothing_else(published: tuple[str, Path])
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     package = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
+    package |= {f"exgrpo_trl/report/{name}" for name in ("template.html", "style.css", "page.js")}
+    assert {f"src/{name}" for name in package} <= files_of(published[1])
     metadata = {name for name in names if ".dist-info/" in name}
     assert names - metadata == package | {"exgrpo_trl/py.typed"}
 

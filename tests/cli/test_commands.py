@@ -55,6 +55,7 @@ def test_nothing_that_is_stored_is_obeyed(command, tmp_path):
         (["export", path, "-o", f"{HOSTILE}.jsonl"], 0),
         (["export", path, "-o", f"{HOSTILE}.jsonl"], 1),
         (["prune", path, "-o", f"pruned{HOSTILE}", "--filter", "bucket=2"], 0),
+        (["report", path, "-o", f"{HOSTILE}.html"], 0),
     ]
     for arguments, code in calls:
         printed = command(*arguments, code=code)
@@ -101,6 +102,7 @@ def paths(run_of, tmp_path):
 # Every command at work, with what is decoded, and refused.
 CALLS = {
     "show": ["show {run}", "show {run} --list --filter text~a", "show {run} --question q1 --json", "show {none}"],
+    "report": ["report {run} -o {out}.html", "report {none} -o {out}.2.html"],
     "why": ["why {run}", "why {run} --json", "why {none}"],
     "diff": ["diff {buffer} {run}", "diff {buffer} {none}"],
     "export": ["export {run} -o {out}.parquet", "export {run} -o {out}.jsonl", "export {none} -o {out}.2.jsonl"],
@@ -130,7 +132,7 @@ def test_the_test_of_imports_can_fail(command, paths, tmp_path):
 
 
 def test_help_imports_little():
-    slow = {"torch", "trl", "transformers", "datasets", "pandas", "pyarrow", "tokenizers", "PIL"}
+    slow = {"torch", "trl", "transformers", "datasets", "pandas", "pyarrow", "tokenizers", "PIL", "matplotlib"}
     code = (
         "import sys; from exgrpo_trl.cli import main\n"
         "try: main(sys.argv[1:])\n"

@@ -12,11 +12,19 @@ from rich.console import Console
 
 from .. import __version__
 from ..records import ExperienceBufferError
-from . import diff, export, merge, prune, show, why
+from . import diff, export, merge, prune, report, show, why
 from .readable import readable
 
 # Each has `HELP`, `add_arguments(parser)` and `run(arguments)`, which raises ExperienceBufferError.
-COMMANDS = {"show": show, "why": why, "diff": diff, "export": export, "merge": merge, "prune": prune}
+COMMANDS = {
+    "show": show,
+    "report": report,
+    "why": why,
+    "diff": diff,
+    "export": export,
+    "merge": merge,
+    "prune": prune,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
