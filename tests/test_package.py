@@ -83,7 +83,7 @@ ORDER = [
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
     "log_rows", "replay_log_writer", "compatibility", "asking", "replayer", "filling", "generation",
-    "own_experience", "trainer",
+    "own_experience", "trainer", "grpo_script",
 ]  # fmt: skip
 
 
