@@ -35,6 +35,7 @@ def test_import_is_free_of_heavy_libraries() -> None:
         "replay_log",
         "replay_log_writer",
         "cli",
+        "html",
     ],
 )
 def test_the_buffer_side_is_free_of_torch(module: str) -> None:
@@ -79,7 +80,7 @@ def test_py_typed_is_shipped() -> None:
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
     "errors", "saved_state", "images", "value_codecs", "values", "rollout_details", "records", "examples",
-    "strategies", "buffer", "replay_log", "cli",
+    "strategies", "buffer", "replay_log", "cli", "html", "notebook",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
     "log_rows", "replay_log_writer", "compatibility", "asking", "replayer", "filling", "generation",
