@@ -28,6 +28,7 @@ _MOST_MESSAGES = 20
 _MOST_COLUMNS = 20
 _MOST_TEXT = 1000
 _MOST_IN_A_CELL = 120
+_MOST_OF_AN_ID = 20
 
 # Of a token of probability 1, of one of this probability or less, and the steps in between that a legend shows.
 _LOWEST = 1e-3
@@ -36,6 +37,7 @@ _LEGEND = (1.0, 0.1, 0.01, 0.001)
 
 _BOX = "border:1px solid rgb(128 128 128 / 40%);border-radius:4px;padding:.5em .8em;margin:.3em 0;max-width:70em"
 _CELL = "text-align:left;vertical-align:top;padding:.1em .8em .1em 0;background:transparent;border:none"
+_TABLE = "border-collapse:collapse;margin:.3em 0;color:inherit;font:inherit"  # not by itself in every notebook
 _TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;font-family:monospace"
 _BAR = "display:inline-block;height:.7em;background:currentColor;opacity:.5"
 
@@ -183,7 +185,7 @@ def _row(buffer: ExperienceBuffer, question_id: str, bucket: int) -> list[str]:
     first, last = min(versions), max(versions)
     prompt = plain_text(prompt_of(buffer.question(question_id).example, completions[0]))
     cells = [
-        one_line(question_id, _MOST_IN_A_CELL),
+        one_line(question_id, _MOST_OF_AN_ID),
         f"{bucket}/{buffer.group_size}",
         f"{len(completions):,}",
         f"{first:,}" if first == last else f"{first:,}-{last:,}",
@@ -217,7 +219,7 @@ def _table(rows: Iterable[Sequence[str]], *, has_header: bool = False) -> str:
         tag = "th" if has_header and number == 0 else "td"
         cells = "".join(f'<{tag} style="{_CELL}">{cell}</{tag}>' for cell in row)
         lines.append(f'<tr style="background:transparent">{cells}</tr>')
-    return f'<table style="border-collapse:collapse;margin:.3em 0">{"".join(lines)}</table>' if lines else ""
+    return f'<table style="{_TABLE}">{"".join(lines)}</table>' if lines else ""
 
 
 def _heading(text: str, margin: int = 0) -> str:

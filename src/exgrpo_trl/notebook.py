@@ -23,27 +23,23 @@ class ReplayProgress(NotebookProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         super().on_log(args, state, control, logs=logs, **kwargs)
-        if "loss" in (logs or {}):
-            self._complete_line(logs, state.global_step)
+        if logs and "loss" in logs and args.eval_strategy == "no":
+            self._complete_line(logs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
         latest: dict[str, Any] = next((line for line in reversed(state.log_history) if "loss" in line), {})
-        self._complete_line(latest, state.global_step)
+        if self.training_tracker is not None:
+            self._complete_line(latest)
 
-    def _complete_line(self, logs: dict[str, Any], step: int) -> None:
-        """Add the columns of replay to the line that was written last, if it is of this step."""
-        tracker = self.training_tracker
-        if tracker is None or not tracker.inner_table or len(tracker.inner_table) < 2:
-            return
-        first_column, last_line = tracker.inner_table[0][0], tracker.inner_table[-1]
-        if first_column == "Step" and last_line[0] != step:
-            return
+    def _complete_line(self, logs: dict[str, Any]) -> None:
+        """Add the columns of replay to the line that was just written."""
+        header, *_, line = self.training_tracker.inner_table
         values = {name: logs.get(name, _NOT_LOGGED) for name in COLUMNS}
         for name in ("replay/questions", "replay/retired"):
             if isinstance(values[name], float):
                 values[name] = f"{values[name]:.0f}"
-        tracker.write_line({first_column: last_line[0], **values})
+        self.training_tracker.write_line({header[0]: line[0], **values})
 
 
 def show_replay(handler: Any) -> None:
