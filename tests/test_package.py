@@ -36,6 +36,7 @@ def test_import_is_free_of_heavy_libraries() -> None:
         "replay_log_writer",
         "cli",
         "report",
+        "html",
     ],
 )
 def test_the_buffer_side_is_free_of_torch(module: str) -> None:
@@ -80,11 +81,11 @@ def test_py_typed_is_shipped() -> None:
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
     "errors", "saved_state", "images", "value_codecs", "values", "rollout_details", "records", "examples",
-    "strategies", "buffer", "replay_log", "cli", "report",
+    "strategies", "buffer", "replay_log", "cli", "report", "html", "notebook",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
     "log_rows", "replay_log_writer", "compatibility", "asking", "replayer", "filling", "generation",
-    "own_experience", "trainer",
+    "own_experience", "trainer", "grpo_script",
 ]  # fmt: skip
 
 

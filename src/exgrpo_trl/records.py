@@ -62,6 +62,11 @@ class Question:
                 f"The example of question {self.question_id!r} has no 'prompt' column, only {sorted(self.example)}."
             )
 
+    def _repr_html_(self) -> str:
+        from .html import question_html
+
+        return question_html(self)
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Experience:
@@ -280,6 +285,11 @@ class Experience:
             f"Experience(num_tokens={self.num_tokens}, policy_version={self.policy_version}, "
             f"reward={self.reward:.6g}, entropy={self.entropy:.4g}, token_ids=[{', '.join(shown)}])"
         )
+
+    def _repr_html_(self) -> str:
+        from .html import experience_html
+
+        return experience_html(self)
 
 
 @dataclass(frozen=True, slots=True)

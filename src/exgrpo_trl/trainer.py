@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.utils import is_in_notebook, logging
 from trl import GRPOTrainer
 
 from .batch import COLUMNS, IDENTITY
@@ -214,6 +214,10 @@ class ExGRPOTrainer(GenerationHooks):
         )
         if not self._is_replay_enabled:
             return
+        if is_in_notebook():
+            from .notebook import show_replay
+
+            show_replay(self.callback_handler)
         # Nobody must read tool calls out of a stored rollout, so that tools go first.
         stand_in = [self._text_tokenizer.eos_token_id] if self.tools else None
         self._rollouts: Rollouts = SingleTurnRollouts(stand_in)

@@ -175,6 +175,11 @@ class ExperienceBuffer:
             f"tokens={self.num_tokens}, retired={len(self._retired)}, group_size={self.group_size})"
         )
 
+    def _repr_html_(self) -> str:
+        from ..html import buffer_html
+
+        return buffer_html(self)
+
     def question(self, question_id: str) -> Question:
         """
         The stored question of that id.

@@ -1,4 +1,4 @@
-"""The command `exgrpo-trl`, a module for each of its commands; never imports torch."""
+"""The command `exgrpo-trl`, a module for each of its commands. No torch is imported, unless `train` runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from rich.console import Console
 
 from .. import __version__
 from ..records import ExperienceBufferError
-from . import diff, export, merge, prune, report, show, why
+from . import diff, export, merge, prune, report, show, train, why
 from .readable import readable
 
 # Each has `HELP`, `add_arguments(parser)` and `run(arguments)`, which raises ExperienceBufferError.
 COMMANDS = {
+    "train": train,
     "show": show,
     "report": report,
     "why": why,
@@ -30,7 +31,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `exgrpo-trl`."""
     parser = argparse.ArgumentParser(
-        prog="exgrpo-trl", description="Look at what ExGRPO runs have stored, and work with it."
+        prog="exgrpo-trl", description="Train with experience replay, look at what runs have stored, and work with it."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parsers = parser.add_subparsers(dest="command", required=True)
