@@ -31,7 +31,7 @@ TINY = {
     "save_strategy": "no",
     "seed": 7,
 }
-TEXT_MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-Math-1.5B")
+TEXT_MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-Math-1.5B", "HuggingFaceTB/SmolLM2-135M-Instruct")
 TOOL_MODEL = "Qwen/Qwen3-0.6B"
 VISION_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 DATASET = "trl-lib/DeepMath-103K"
@@ -92,9 +92,7 @@ def play(prompt: Any, trainer: Any) -> tuple[list[int], list[int], list[int], li
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "guide.md": lambda: {"dataset": questions()},
     "strategies.md": lambda: {"dataset": questions(), "correct": correct},
-    "ways.md": lambda: {"dataset": questions(), "correct": correct},
-    "migrating.md": lambda: {"dataset": questions(), "correct": correct},
-    "troubleshooting.md": lambda: {"dataset": questions(), "correct": correct},
+    "migrating.md": lambda: {"dataset": questions()},
     "agents.md": lambda: {"dataset": questions(conversational=True), "play": play},
 }
 
@@ -106,7 +104,10 @@ def correct(completions: list[Any], answer: list[int], **kwargs: Any) -> list[fl
 
 
 # What a random model would never get right is made easy.
-REWRITTEN = {"own_experience.md": {"completion.startswith(expected)": "'a' <= completion[:1] <= 't'"}}
+REWRITTEN = {
+    "own_experience.md": {"completion.startswith(expected)": "'a' <= completion[:1] <= 't'"},
+    "start.md": {"line == expected": "'a' <= line[:1] <= 't'"},
+}
 
 
 def pictures() -> Dataset:

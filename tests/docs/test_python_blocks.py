@@ -1,5 +1,6 @@
 """Every Python block of the documentation runs, on tiny models and data under the names that it uses."""
 
+import re
 from contextlib import chdir
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 from pages import PAGES, ROOT, SHOWN, Block, blocks_of
 from python_blocks import run_blocks
 from stand_ins import GIVEN, pictures
-from tiny import make_trainer
+from tiny import first_letter_reward, make_trainer
+from trl import GRPOTrainer
 
 from exgrpo_trl import ExGRPOTrainer, ExperienceBuffer
 
@@ -23,7 +25,7 @@ def test_every_block_is_run_or_says_why_not():
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
-def test_the_python_blocks_run(page, tmp_path, capsys):
+def test_the_python_blocks_run(page, tmp_path, capsys, caplog):
     if "trl.rewards" in page.read_text():
         pytest.importorskip(
             "math_verify", reason="the reward of the example needs the extra `math`, which `make test` has"
@@ -34,6 +36,7 @@ def test_the_python_blocks_run(page, tmp_path, capsys):
     blocks = [block for block in blocks_of(page) if block.language == "python"]
     ran = run_blocks(blocks, tmp_path, names, before=give)
     assert len(ran) + sum(bool(block.not_run) for block in blocks) == len(blocks) > 0
+    names["said"] = caplog.messages
     if page.name in AFTER:
         AFTER[page.name](names, capsys.readouterr().out, tmp_path)
     trained = [value for value in names.values() if isinstance(value, ExGRPOTrainer) and value.state.global_step]
@@ -71,6 +74,37 @@ def of_guide(names: dict, printed: str, folder: Path) -> None:
     assert question.example == names["row"]
 
 
+def of_migrating(names: dict, printed: str, folder: Path) -> None:
+    """What the page says of both directions of a resume, and of several rewards."""
+    assert isinstance(names["trainer"], names["Clipped"])
+    assert any(line.get("replay/questions") for line in names["trainer"].state.log_history)
+    with chdir(folder):
+        saved = make_trainer("saved", max_steps=4, save_strategy="steps", save_steps=2)
+        saved.train()
+        of_trl = make_trainer("saved", GRPOTrainer, max_steps=4)
+        of_trl.train(resume_from_checkpoint="saved/checkpoint-2")
+        assert (folder / "saved" / "checkpoint-2" / "experience_buffer").is_dir()
+        assert of_trl.state.global_step == 4
+        rewards = [first_letter_reward, names["brief"]]
+        for deciding, is_stored in ((None, False), ("first_letter_reward", True)):
+            trainer = make_trainer("several", reward_funcs=rewards, success_reward=deciding, max_steps=2)
+            trainer.train()
+            assert bool(len(trainer.experience_buffer)) == is_stored
+
+
+def of_start(names: dict, printed: str, folder: Path) -> None:
+    """The page quotes what the run says; its numbers are of a larger model."""
+    page = ROOT / "docs" / "start.md"
+    first, last = (block.code.strip() for block in blocks_of(page) if block.language == "text")
+    assert any(message.startswith(first) for message in names["said"])
+    said_last = re.sub(r"\d+", "#", names["said"][-1])
+    assert said_last == re.sub(r"\d+", "#", last)
+    lines = names["trainer"].state.log_history
+    assert (lines[0]["replay/questions"], lines[0]["replay/fraction"]) == (0, 0)
+    assert lines[1]["replay/fraction"] == 0.5
+    assert "replay/effective_sample_size" in lines[2]
+
+
 def of_own_experience(names: dict, printed: str, folder: Path) -> None:
     page = ROOT / "docs" / "own_experience.md"
     [shown] = [block.code for block in blocks_of(page) if block.language == "text"]
@@ -79,7 +113,8 @@ def of_own_experience(names: dict, printed: str, folder: Path) -> None:
     assert names["second"].state.log_history[0]["replay/questions"] > 1
     assert len(names["third"].experience_buffer) == len(names["hard"]) > 0
     assert len(names["report"].refused) == 2
-    assert names["trainer"].state.log_history[0]["replay/importance_ratio_max"] == pytest.approx(1, abs=1e-4)
+    # The policy that scored them replays them: all ratios are alike.
+    assert names["trainer"].state.log_history[0]["replay/effective_sample_size"] == pytest.approx(1, abs=1e-4)
     assert not any(e.behavior_per_token_logps.any() for _, _, e in names["luffy"].experience_buffer)
 
 
@@ -87,5 +122,7 @@ AFTER = {
     "agents.md": of_agents,
     "checkpoints.md": of_checkpoints,
     "guide.md": of_guide,
+    "migrating.md": of_migrating,
     "own_experience.md": of_own_experience,
+    "start.md": of_start,
 }
