@@ -15,9 +15,9 @@ _FETCHED = {("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src
 
 
 def build(folder: Path) -> str:
-    """Build the site, strictly; what the build said."""
+    """Build the site; what the build said. With --quiet it would not see its own warnings, and --strict do nothing."""
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         stdout=subprocess.PIPE,

@@ -82,6 +82,25 @@ def test_a_message_that_is_not_there_is_found():
     assert not is_part_of("of ... can not", "The part of \0 cannot be")
 
 
+def test_results_of_the_home_are_those_of_the_benchmarks():
+    """With their setting and method, and those of the README as well."""
+    measured = (ROOT / "docs" / "benchmarks.md").read_text()
+    settings = {
+        "some easy, many hopeless at first": "bimodal",
+        "alike": "even",
+        "half of them never rewarded": "even-0.5",
+        "90 % of them never rewarded": "even-0.9",
+        "97 % of them never rewarded": "even-0.97",
+    }
+    for page in (ROOT / "docs" / "index.md", ROOT / "README.md"):
+        rows = [line.strip("| ").split(" | ") for line in page.read_text().splitlines() if "±" in line and "|" in line]
+        assert [row[0] for row in rows] == list(settings)
+        for name, *results in rows:
+            for method, result in zip(("grpo", "shaped", "balanced"), results, strict=True):
+                pattern = rf"^\| {re.escape(settings[name])} \| {method} \| [\d.]+ \| {re.escape(result)} \|"
+                assert re.search(pattern, measured, re.MULTILINE), f"{page.name}: {name}, {method}: {result}"
+
+
 def test_metrics_of_the_pages_exist():
     source = (PACKAGE / "metrics.py").read_text() + (PACKAGE / "selection.py").read_text()
     table = (ROOT / "docs" / "metrics.md").read_text()
