@@ -42,7 +42,7 @@ def texts_in(folder: Path) -> list[str]:
         docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         texts = (node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp))
         found += [template_of(node) for node in texts if id(node) not in docstrings]
-    return found
+    return [text for text in found if " " in text]
 
 
 def is_part_of(quoted: str, template: str) -> bool:

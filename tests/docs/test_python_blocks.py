@@ -95,7 +95,7 @@ def of_migrating(names: dict, printed: str, folder: Path) -> None:
 def of_start(names: dict, printed: str, folder: Path) -> None:
     """The page quotes what the run says; its numbers are of a larger model."""
     page = ROOT / "docs" / "start.md"
-    first, last = (block.code.strip() for block in blocks_of(page) if block.language == "text")
+    first, last = (" ".join(block.code.split()) for block in blocks_of(page) if block.language == "text")
     assert any(message.startswith(first) for message in names["said"])
     said_last = re.sub(r"\d+", "#", names["said"][-1])
     assert said_last == re.sub(r"\d+", "#", last)
