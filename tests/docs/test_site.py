@@ -5,7 +5,7 @@ import inspect
 import re
 
 import pytest
-from browser import BROKEN_NAMES, TOO_WIDE, browser
+from chromium import BROKEN_NAMES, TOO_WIDE, browser
 from pages import ROOT
 from site_build import Html, build, dead_links
 from trl import GRPOConfig
