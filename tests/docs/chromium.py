@@ -71,3 +71,8 @@ TOO_WIDE = r"""() => {
   }
   return wide;
 }"""
+
+# Tables of text that a reader would have to scroll sideways.
+WIDE_TABLES = r"""() => [...document.querySelectorAll("article table[data-stacked]")]
+  .filter(table => table.scrollWidth > table.closest(".md-typeset__scrollwrap").clientWidth + 1)
+  .map(table => table.textContent.trim().slice(0, 60))"""

@@ -5,7 +5,7 @@ import inspect
 import re
 
 import pytest
-from chromium import BROKEN_NAMES, TOO_WIDE, browser
+from chromium import BROKEN_NAMES, TOO_WIDE, WIDE_TABLES, browser
 from pages import ROOT
 from site_build import Html, build, dead_links
 from trl import GRPOConfig
@@ -117,7 +117,7 @@ def chromium():
         yield started
 
 
-def test_pages_fit_a_phone(chromium, pages):
+def test_pages_fit_a_phone(chromium, pages, site):
     page = chromium.new_page(viewport={"width": 360, "height": 740})
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
@@ -125,8 +125,10 @@ def test_pages_fit_a_phone(chromium, pages):
     for path in pages:
         page.goto(path.as_uri())
         width = page.evaluate("Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)")
-        found[path.name] = (width, page.evaluate(TOO_WIDE), page.evaluate(BROKEN_NAMES))
-    assert {name: what for name, what in found.items() if what != (360, [], [])} == {}
+        found[path.name] = (width, *(page.evaluate(script) for script in (TOO_WIDE, WIDE_TABLES, BROKEN_NAMES)))
+    assert {name: what for name, what in found.items() if what != (360, [], [], [])} == {}
+    page.goto((site / "guide.html").as_uri())
+    assert page.locator("table[data-stacked]").count() > 1
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
 
 
