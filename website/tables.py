@@ -1,4 +1,4 @@
-"""Tables of text for narrow screens: each cell knows its column, and site.css makes cards of rows. A hook of MkDocs."""
+"""Tables of text for narrow screens: cells know their column, and site.css makes cards of rows. A hook of MkDocs."""
 
 import html as entities
 import re
