@@ -39,8 +39,6 @@ def test_the_python_blocks_run(page, tmp_path, capsys, caplog):
     names["said"] = caplog.messages
     if page.name in AFTER:
         AFTER[page.name](names, capsys.readouterr().out, tmp_path)
-    trained = [value for value in names.values() if isinstance(value, ExGRPOTrainer) and value.state.global_step]
-    assert all(trainer.state.log_history for trainer in trained)
 
 
 def give(block: Block, names: dict) -> None:
