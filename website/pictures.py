@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-_IMAGE = re.compile(r'<img alt="[^"]*" class="flow" src="(images/[\w-]+\.svg)" ?/?>')
+_IMAGE = re.compile(r'<img alt="[^"]*" src="(images/[\w-]+\.svg)" ?/?>')
 _SPACE = re.compile(r">\s+<")
 
 

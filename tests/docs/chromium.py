@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [
     f"--{name}"
     for name in (
@@ -29,7 +30,7 @@ def browser() -> Iterator[Any]:
         from playwright.sync_api import sync_playwright
     except ImportError:
         skip("playwright is not installed")
-    chromium = shutil.which("chromium")
+    chromium = next(filter(None, map(shutil.which, NAMES)), None)
     if chromium is None:
         skip("there is no browser: apt-get install chromium")
     with sync_playwright() as playwright:

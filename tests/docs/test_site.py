@@ -144,6 +144,27 @@ def test_a_page_that_does_not_fit_is_found(chromium, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_picture_of_the_home(chromium, site, scheme):
+    """A title, a description, letters that a phone shows in 10 pixels or more, and the colours of the theme."""
+    page = chromium.new_page(viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    page.goto((site / "index.html").as_uri())
+    picture = page.locator("article .flow svg")
+    assert picture.get_attribute("role") == "img"
+    named = [page.locator(f"#{name}").text_content() for name in picture.get_attribute("aria-labelledby").split()]
+    assert len(named) == 2
+    assert all(named)
+    scale = picture.bounding_box()["width"] / 360
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('.flow text')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+    )
+    assert min(sizes) * scale >= 10
+    color = "e => getComputedStyle(e).fill"
+    ink, box = (page.locator(f".flow {kind}").first.evaluate(color) for kind in ("text:not([class])", ".box"))
+    lightness = [sum(map(int, re.findall(r"\d+", value)[:3])) / 3 for value in (ink, box)]
+    assert lightness[0] < 120 < 200 < lightness[1] if scheme == "light" else lightness[1] < 80 < 150 < lightness[0]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_search_works_without_a_server(chromium, site, scheme):
     page = chromium.new_page(color_scheme=scheme)
     errors: list[str] = []
