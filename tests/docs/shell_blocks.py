@@ -3,6 +3,7 @@ Commands of the documentation. `exgrpo-trl` runs, on what a tiny run has saved u
 are read by their own parsers, and the files, targets, extras and options that they name have to exist.
 """
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -16,8 +17,10 @@ from unittest import mock
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from pages import ROOT, Block
+from trl import ModelConfig
+from trl.scripts.grpo import GRPOScriptArguments
 
-from exgrpo_trl import cli
+from exgrpo_trl import ExGRPOConfig, cli
 
 # What variables stand for, as `$RANK_OF_THIS_NODE`.
 VARIABLES = {"RANK_OF_THIS_NODE": "0", "IP_OF_THE_FIRST_NODE": "127.0.0.1"}
@@ -52,7 +55,9 @@ def run_block(block: Block, folder: Path) -> None:
             assert block.not_run, f"{block}: nobody runs or checks {program}. Say why it does not run, or add a check"
             continue
         try:
-            if program == "exgrpo-trl":
+            if words[1:2] == ["train"]:
+                check_train(words)
+            elif program == "exgrpo-trl":
                 run_exgrpo_trl(words, None if block.not_run else folder)
             else:
                 CHECKS[program](words)
@@ -70,6 +75,19 @@ def run_exgrpo_trl(words: list[str], folder: Path | None) -> None:
             stack.enter_context(chdir(folder))
         code = cli.main(words[1:])
     assert code == 0, f"exit code {code}"
+
+
+def check_train(words: list[str]) -> None:
+    """A training is not begun: its arguments have to be those of TRL's script, of replay, or of the launcher."""
+    unknown = {word[2:] for word in words if word.startswith("--")} - arguments_of_train()
+    assert not unknown, f"no arguments {sorted(unknown)}"
+
+
+def arguments_of_train() -> set[str]:
+    """What TRL's script of GRPO takes, with the fields of replay, and what accelerate launches with."""
+    kinds = (GRPOScriptArguments, ExGRPOConfig, ModelConfig)
+    launcher = {option.lstrip("-") for option in launch_command_parser()._option_string_actions}
+    return {"config", "env"} | launcher | {field.name for kind in kinds for field in dataclasses.fields(kind)}
 
 
 def check_pip(words: list[str]) -> None:

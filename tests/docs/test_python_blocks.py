@@ -31,7 +31,7 @@ def test_the_python_blocks_run(page, tmp_path, capsys, caplog):
             "math_verify", reason="the reward of the example needs the extra `math`, which `make test` has"
         )
     names = GIVEN.get(page.name, dict)()
-    if page.name == "checkpoints.md":
+    if page.name in ("checkpoints.md", "report.md"):
         names["trainer"] = interrupted_trainer(tmp_path)
     blocks = [block for block in blocks_of(page) if block.language == "python"]
     ran = run_blocks(blocks, tmp_path, names, before=give)

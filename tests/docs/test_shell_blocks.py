@@ -1,16 +1,13 @@
 """Every command of the documentation is run, or asked of the parser that would read it."""
 
-import dataclasses
 import shutil
 
 import pytest
 import yaml
 from datasets import Dataset
 from pages import PAGES, ROOT, Block, blocks_in, blocks_of
-from shell_blocks import commands_of, run_block
+from shell_blocks import arguments_of_train, commands_of, run_block
 from tiny import make_trainer
-
-from exgrpo_trl import ExGRPOConfig
 
 WITH_BASH = [page for page in PAGES if any(block.language == "bash" for block in blocks_of(page))]
 # Questions that the pages name, and others.
@@ -57,13 +54,11 @@ def test_the_commands_of_the_examples_are_read_by_their_parsers():
 
 
 def test_yaml_has_fields_that_exist():
-    fields = {field.name for field in dataclasses.fields(ExGRPOConfig)}
-    # Of the script that reads the file, and of the launcher.
-    scripts = {"model_name_or_path", "dataset_name", "reward_funcs", "use_peft", "num_processes", "env"}
+    known = arguments_of_train()
     for block in blocks_in("yaml"):
         values = yaml.safe_load(block.code)
         if not block.not_run:
-            assert set(values) <= fields | scripts, f"{block}: {sorted(set(values) - fields - scripts)}"
+            assert set(values) <= known, f"{block}: {sorted(set(values) - known)}"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +67,10 @@ def test_yaml_has_fields_that_exist():
         ("frobnicate --now", "nobody runs or checks frobnicate"),
         ("exgrpo-trl shows outputs", "exit code|2"),
         ("exgrpo-trl show nowhere", "exit code 1"),
+        (
+            "exgrpo-trl train --dataset_name d --replay_fractoin 1 --num_processes 4",
+            "no arguments ..replay_fractoin..",
+        ),
         ("pip install 'exgrpo-trl[maths]'", "no extras"),
         ("make tset", "no tset"),
         ("make bench SEEDS=3", "no SEEDS"),
