@@ -90,11 +90,21 @@ def play(prompt: Any, trainer: Any) -> tuple[list[int], list[int], list[int], li
 
 # Names that a page takes for granted, as "yours".
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
-    "guide.md": lambda: {"dataset": questions()},
+    "guide.md": lambda: {"dataset": questions(), "tokenizer": tiny_tokenizer(), **filled_buffer()},
     "strategies.md": lambda: {"dataset": questions(), "correct": correct},
     "migrating.md": lambda: {"dataset": questions()},
     "agents.md": lambda: {"dataset": questions(conversational=True), "play": play},
 }
+
+
+def filled_buffer() -> dict[str, Any]:
+    """A buffer with one question, and its id."""
+    row = questions()[0]
+    buffer = exgrpo_trl.ExperienceBuffer(group_size=8)
+    experience = exgrpo_trl.Experience.create([12, 7, 1], [-0.4, -1.2, -0.1], policy_version=0, reward=1.0)
+    question_id = exgrpo_trl.question_id_of(row["prompt"])
+    buffer.collect(exgrpo_trl.Question(question_id, row), [experience], num_correct=3, group_size=8)
+    return {"buffer": buffer, "question_id": question_id}
 
 
 def correct(completions: list[Any], answer: list[int], **kwargs: Any) -> list[float]:
