@@ -1,7 +1,6 @@
 """Completions from elsewhere: scored by the policy that is about to be trained, stored, and replayed."""
 
 import copy
-import functools
 import json
 import re
 from pathlib import Path
@@ -28,16 +27,13 @@ from tiny import (
     first_letter_reward,
     lora_config,
     make_trainer,
-    save_tiny_model,
-    tiny_arguments,
     tiny_dataset,
     tiny_model,
     tiny_tokenizer,
 )
 from transformers import TrainerCallback
 
-import exgrpo_trl
-from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer, ExperienceBuffer, ExperienceBufferError, question_id_of
+from exgrpo_trl import ExGRPOTrainer, ExperienceBuffer, ExperienceBufferError, question_id_of
 from exgrpo_trl.records import prompt_hash
 
 K = 4
@@ -488,34 +484,6 @@ def test_rows_of_no_question_are_told_by_the_trainer(tmp_path, caplog):
     buffer = ExperienceBuffer.from_dataset(Dataset.from_list(rows), group_size=K, tokenizer=tiny_tokenizer())
     make_trainer(tmp_path, max_steps=1, experience_buffer=buffer).train()
     assert "1 of 9 questions are not in the training dataset" in caplog.text
-
-
-# The examples of the docs
-
-
-def test_the_examples_of_the_docs(tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parents[2] / "docs" / "own_experience.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
-    [printed] = re.findall(r"^```text\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
-    save_tiny_model(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    tiny = tiny_arguments("", max_steps=2, num_generations=8, per_device_train_batch_size=8)
-    del tiny["output_dir"]
-    monkeypatch.setattr(exgrpo_trl, "ExGRPOConfig", functools.partial(ExGRPOConfig, **tiny))
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in blocks:
-        # A tiny model, which is right now and then.
-        block = block.replace('"Qwen/Qwen2.5-0.5B"', repr(str(tmp_path / "model")))
-        exec(block.replace("completion.startswith(expected)", "'a' <= completion[:1] <= 't'"), names)
-    assert printed in capsys.readouterr().out
-    assert len(names["first"].experience_buffer) > 4
-    assert names["second"].state.log_history[0]["replay/questions"] > 1
-    assert len(names["third"].experience_buffer) == len(names["hard"]) > 0
-    assert len(names["report"].refused) == 2
-    assert names["trainer"].state.log_history[0]["replay/importance_ratio_max"] == pytest.approx(1, abs=1e-4)
-    assert not any(e.behavior_per_token_logps.any() for _, _, e in names["luffy"].experience_buffer)
 
 
 # Several processes
