@@ -106,4 +106,6 @@ def _code(text: str) -> str:
     text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     padding = " " if "`" in text else ""
-    return f"{fence}{padding}{text}{padding}{fence}".replace("|", r"\|")
+    # A pipe would end the cell, also one after a backslash that is escaped itself.
+    text = re.sub(r"(\\*)\|", lambda found: found[1] + "\\" * (len(found[1]) % 2) + r"\|", text)
+    return f"{fence}{padding}{text}{padding}{fence}"
