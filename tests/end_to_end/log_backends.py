@@ -7,6 +7,7 @@ Nothing may leave the machine: a connection or an open port of this process is a
 read goes to `FOLDER/read.json`: for each backend the values by name and step.
 """
 
+import importlib
 import json
 import os
 import sqlite3
@@ -38,10 +39,15 @@ def local_environment(folder: Path) -> dict[str, str]:
     }
 
 
+REFUSED: list[str] = []  # also where a backend goes on without
+
+
 def refuse_network(event: str, arguments: Any) -> None:
     """An audit hook: sockets in the file system are all that wandb may talk to its other half by."""
-    if event in ("socket.connect", "socket.bind") and not isinstance(arguments[1], str | bytes):
-        raise RuntimeError(f"{event} to {arguments[1]}")
+    is_local = event in ("socket.connect", "socket.bind") and isinstance(arguments[1], str | bytes)
+    if event in ("socket.connect", "socket.bind", "socket.getaddrinfo") and not is_local:
+        REFUSED.append(f"{event} {arguments[:2]}")
+        raise RuntimeError(REFUSED[-1])
 
 
 def train(folder: Path, backends: list[str]) -> list[dict[str, Any]]:
@@ -116,10 +122,12 @@ def by_name(rows: Iterable[dict[str, float]]) -> Values:
 def main() -> None:
     folder, backends = Path(sys.argv[1]), sys.argv[2:]
     os.environ.update(local_environment(folder))
+    importlib.import_module("urllib3")  # which tries whether there is IPv6
     sys.addaudithook(refuse_network)
     told: dict[str, Any] = {"logged": train(folder, backends)}
     for backend in backends:
         told[backend] = globals()[f"read_{backend}"](folder)
+    assert not REFUSED, REFUSED
     (folder / "read.json").write_text(json.dumps(told))
 
 
