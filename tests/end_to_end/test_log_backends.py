@@ -25,7 +25,7 @@ def read(tmp_path_factory):
     backends = [name for name in BACKENDS if name not in OPTIONAL or importlib.util.find_spec(name)]
     script = Path(__file__).parent / "log_backends.py"
     command = [sys.executable, script, folder, *backends]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=folder / "here", timeout=200)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=folder / "here", timeout=280)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert not list((folder / "here").iterdir())
     return json.loads((folder / "read.json").read_text())
