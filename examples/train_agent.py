@@ -260,6 +260,7 @@ DEFAULTS: dict[str, Any] = {
     "gradient_checkpointing": False,
     "logging_steps": 5,
     "report_to": "none",
+    "log_replay": "all",  # for the number of stored completions
 }
 
 
@@ -294,7 +295,8 @@ class Progress(TrainerCallback):
         ]
         if "replay/questions" in logs:
             shown.append(f"replayed {logs['replay/fraction']:.0%} of the mazes")
-            shown.append(f"buffer {logs['replay/completions']:.0f} games")
+            held = "completions" if "replay/completions" in logs else "questions"  # of a short log line
+            shown.append(f"buffer {logs[f'replay/{held}']:.0f} {'games' if held == 'completions' else 'mazes'}")
         print(" | ".join(shown), flush=True)
 
 

@@ -63,6 +63,7 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "gradient_checkpointing": False,
     "logging_steps": 1,
     "report_to": "none",
+    "log_replay": "all",  # for the number of stored completions
     "num_train": 512,
     "num_held_out": 128,
 }
@@ -159,7 +160,8 @@ class Progress(ProgressCallback):
         shown = [f"step {state.global_step}", f"fresh pass rate {logs.get('fresh/pass_rate', logs['reward']):.2f}"]
         if "replay/questions" in logs:
             shown.append(f"replayed {logs['replay/fraction']:.0%} of the questions")
-            shown.append(f"buffer {logs['replay/completions']:.0f} completions")
+            held = "completions" if "replay/completions" in logs else "questions"  # of a short log line
+            shown.append(f"buffer {logs[f'replay/{held}']:.0f} {held}")
         if self.training_bar.disable:
             done = 20 * state.global_step // state.max_steps
             shown.insert(0, f"[{'#' * done}{'.' * (20 - done)}]")
@@ -210,7 +212,8 @@ def plot(history: list[dict[str, Any]], before: float, after: float, path: Path)
     left.plot([0, last_step], [before, after], "o--", color="tab:orange", label="held-out, before and after")
     left.set(xlabel="step", ylabel="pass rate", ylim=(0, 1), title="Pass rate")
     left.legend()
-    draw(right, "replay/completions", "completions in the buffer", "tab:green")
+    held = "completions" if any("replay/completions" in line for line in lines) else "questions"
+    draw(right, f"replay/{held}", f"{held} in the buffer", "tab:green")
     draw(right, "replay/tokens_saved", "tokens not generated", "tab:red")
     right.set(xlabel="step", title="Replay")
     right.legend()

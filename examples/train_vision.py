@@ -89,6 +89,7 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": "none",
+    "log_replay": "all",  # for the number of stored completions
     "disable_tqdm": True,
 }
 
@@ -219,7 +220,8 @@ class Progress(TrainerCallback):
         shown = [f"step {state.global_step}", f"fresh pass rate {logs.get('fresh/pass_rate', logs['reward']):.2f}"]
         if "replay/questions" in logs:
             shown.append(f"replayed {logs['replay/fraction']:.0%} of the questions")
-            shown.append(f"buffer {logs['replay/completions']:.0f} completions")
+            held = "completions" if "replay/completions" in logs else "questions"  # of a short log line
+            shown.append(f"buffer {logs[f'replay/{held}']:.0f} {held}")
         print(" | ".join(shown), flush=True)
 
 

@@ -2,15 +2,20 @@
 
 import math
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from exgrpo_trl import Experience, Question
+from exgrpo_trl import Experience, Question, metrics
 from exgrpo_trl.batch import Batch
-from exgrpo_trl.metrics import LogRatios, ReplayMetrics, importance_ratio_metrics
+from exgrpo_trl.metrics import SHORT_LINE, LogRatios, ReplayMetrics, importance_ratio_metrics
 from exgrpo_trl.plan import Plan
 from exgrpo_trl.records import Replay
+from exgrpo_trl.reuse import REASONS
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_importance_ratio_metrics():
@@ -199,3 +204,37 @@ def test_seconds_of_messages_are_those_since_the_last_batch():
     assert metrics.flush()["replay/gathering_seconds"] == 1.0
     metrics.add_process_seconds({"gathering": 1.25, "broadcasting": 0.5})
     assert metrics.flush() == {"replay/gathering_seconds": 0.25, "replay/broadcasting_seconds": 0.0}
+
+
+def test_a_short_line_has_what_tells_whether_replay_works_and_what_is_the_users():
+    metrics = ReplayMetrics()
+    metrics.add({"fresh/pass_rate": 0.5, "fresh/reward": 1.0, "replay/entropy": 2.0})
+    of_buffer, of_strategies = {"questions": 3.0, "tokens": 9.0, "bucket_2": 1.0, "own": 7.0}, {"entropy": 0.5}
+    whole = {"fresh/pass_rate", "fresh/reward", "replay/tokens", "replay/bucket_2"}
+    short = {"fresh/pass_rate", "replay/questions", "replay/own", "replay/entropy", "replay/tokens_saved"}
+    line = metrics.line(of_buffer, of_strategies, is_short=True)
+    assert line.keys() == short
+    assert line["replay/entropy"] == 0.5
+    assert metrics.line(of_buffer, of_strategies).keys() == whole | short  # nothing was forgotten
+
+
+def test_the_docs_describe_every_metric_and_mark_the_short_line():
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    tables = [line for line in page.splitlines() if re.match(r"\| \**`(replay|fresh)/", line)]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in tables]
+    assert all(len(row) == 4 and all(row) for row in rows), "name, meaning, healthy, otherwise"
+    names = [re.fullmatch(r"(\*\*)?`(.*)`(?:\*\*)?( \.\.\.)?", row[0]) for row in rows]
+    assert {found[2] for found in names if found[1]} == SHORT_LINE
+    assert len(names) == len({found[2] for found in names})
+    source = Path(metrics.__file__).read_text()
+    existing = set(re.findall(r'"((?:replay|fresh)/\w+)"', source)) | {
+        f"replay/evicted_{reason}" for reason in REASONS
+    }
+    assert {found[2] for found in names} == existing | {"replay/bucket_1"}
+
+
+def test_no_other_module_has_names_of_metrics():
+    """So that the docs, which are compared with this one, know them all."""
+    for module in Path(metrics.__file__).parent.rglob("*.py"):
+        if module.name != "metrics.py":
+            assert not re.search(r"[\"'](replay|fresh)/\w+[\"']", module.read_text()), module

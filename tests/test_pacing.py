@@ -108,6 +108,7 @@ def test_its_state_survives_json():
     [
         ({"replay_fraction": 1}, "replay_fraction=1 is out of range: it leaves no fresh question"),
         ({"candidate_scores": "latest"}, "candidate_scores='latest' is unknown. Choose current or last_known"),
+        ({"log_replay": "none"}, "log_replay='none' is unknown. Choose short or all"),
         ({"replay_unit": "question"}, "replay_unit='question' is unknown. Choose completion or group"),
         ({"stored_per_group": 0}, "stored_per_group=0"),
         ({"stored_per_group": None}, "stored_per_group=None"),

@@ -84,8 +84,8 @@ ORDER = [
     "strategies", "buffer", "replay_log", "cli", "report", "html", "notebook",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
-    "log_rows", "replay_log_writer", "compatibility", "asking", "replayer", "filling", "generation",
-    "own_experience", "trainer", "grpo_script",
+    "log_rows", "replay_log_writer", "compatibility", "asking", "replayer", "model_card", "filling",
+    "generation", "own_experience", "trainer", "grpo_script",
 ]  # fmt: skip
 
 

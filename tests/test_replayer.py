@@ -54,7 +54,8 @@ def make_replayer(buffer=None, score=None, rows=(), **options):
     strategies = {name: options.pop(name) for name in ("question_sampler", "completion_selector") if name in options}
     args = ExGRPOConfig(
         output_dir="unused", use_cpu=True, bf16=False, report_to="none", num_generations=K,
-        per_device_train_batch_size=K * NUM_GROUPS, **{"replay_start_pass_rate": None, "replay_log": False} | options,
+        per_device_train_batch_size=K * NUM_GROUPS,
+        **{"replay_start_pass_rate": None, "replay_log": False, "log_replay": "all"} | options,
     )  # fmt: skip
     # Of a stream nothing is known beforehand.
     questions = TrainingQuestions(Dataset.from_dict({"prompt": list(rows)}) if rows else iter(()), None)

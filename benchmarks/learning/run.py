@@ -178,7 +178,7 @@ def make_trainer(run: Run, output_dir: str, callbacks: Sequence[TrainerCallback]
         "disable_tqdm": True,
     }
     if not is_grpo:
-        options |= {"replay_start_pass_rate": None} | METHODS[run.method]
+        options |= {"replay_start_pass_rate": None, "log_replay": "all"} | METHODS[run.method]
     trainer_class: Any = GRPOTrainer if is_grpo else ExGRPOTrainer
     more: dict[str, Any] = {}
     if run.method == "questions-only":

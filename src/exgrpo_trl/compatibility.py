@@ -85,6 +85,16 @@ def _patched(method: Any) -> str:
     )
 
 
+def signature_with_own(init: Callable[..., None]) -> inspect.Signature:
+    """Signature of a trainer's `__init__` with TRL's arguments in the place of `*positional` and `**keywords`."""
+    own = inspect.signature(init).parameters
+    catch_all = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    of_trl = inspect.signature(GRPOTrainer.__init__).parameters
+    before = [own.get(name, parameter) for name, parameter in of_trl.items()]
+    after = [parameter for name, parameter in own.items() if name not in of_trl and parameter.kind not in catch_all]
+    return inspect.Signature(before + after)
+
+
 @contextmanager
 def wrapped(trainer: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
     """Within the block, `around(method, ...)` is called in place of a method, that of a subclass included."""

@@ -21,6 +21,7 @@ from .strategies import (
 REPLAY_REWARDS = ("stored", "recomputed")
 CANDIDATE_SCORES = ("current", "last_known")
 REPLAY_UNITS = (COMPLETION, GROUP)
+LOG_LINES = ("short", "all")
 
 
 @dataclass
@@ -165,6 +166,9 @@ class ExGRPOConfig(GRPOConfig):
             Whether the main process writes down which stored completions were replayed, and why, in
             `output_dir/replay_log`: a few dozen bytes for each of them, at most about 40 MB in all. `exgrpo-trl why`
             reads it, also while the training goes on.
+        log_replay (`str`, *optional*, defaults to `"short"`):
+            Which metrics of replay a log line has: `"short"` (the ten that tell whether replay works) or `"all"`. What
+            a strategy or a buffer of your own reports is logged with either. Training does not depend on it.
     """
 
     _VALID_DICT_FIELDS = [
@@ -366,6 +370,13 @@ class ExGRPOConfig(GRPOConfig):
             "why, for the command exgrpo-trl why."
         },
     )
+    log_replay: str = field(
+        default="short",
+        metadata={
+            "help": "Which metrics of replay a log line has: the ten that tell whether replay works, or all.",
+            "choices": list(LOG_LINES),
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.replay_fraction == 1 and not isinstance(self.replay_fraction, bool):
@@ -401,7 +412,11 @@ class ExGRPOConfig(GRPOConfig):
             self._check_groups()
 
     def _check_reuse(self) -> None:
-        for name, choices in (("candidate_scores", CANDIDATE_SCORES), ("replay_unit", REPLAY_UNITS)):
+        for name, choices in (
+            ("candidate_scores", CANDIDATE_SCORES),
+            ("replay_unit", REPLAY_UNITS),
+            ("log_replay", LOG_LINES),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose {' or '.join(choices)}.")
         for name, minimum in (("stored_per_group", 1), ("replay_cooldown", 0)):

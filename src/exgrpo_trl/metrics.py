@@ -30,7 +30,24 @@ _OF_BUFFER = {
     "evicted": "replay/evicted",
     "duplicates": "replay/duplicates",
 }
+_BUCKET = "bucket_"
 _OF_PROCESSES = {"gathering": "replay/gathering_seconds", "broadcasting": "replay/broadcasting_seconds"}
+
+# What tells whether replay works: the line of `log_replay="short"`.
+SHORT_LINE = frozenset(
+    {
+        "fresh/pass_rate",
+        "fresh/frac_groups_without_signal",
+        "replay/fraction",
+        "replay/group_pass_rate",
+        "replay/effective_sample_size",
+        "replay/staleness_mean",
+        "replay/questions",
+        "replay/retired",
+        "replay/tokens_saved",
+        "replay/scoring_seconds",
+    }
+)
 
 
 class _Average:
@@ -259,6 +276,10 @@ class ReplayMetrics:
         """Add how many replayed completions of a batch have left the buffer, by reason."""
         self.add({f"replay/evicted_{reason}": count for reason, count in evicted.items()})
 
+    def add_fraction_allowed(self, fraction: float) -> None:
+        """Add the largest share of questions that may be replayed now."""
+        self.add({"replay/fraction_allowed": fraction})
+
     def add_process_seconds(self, seconds: Mapping[str, float]) -> None:
         """Add the time that processes have spent on messages since the last call, from what they spent in all."""
         for direction, name in _OF_PROCESSES.items():
@@ -281,11 +302,22 @@ class ReplayMetrics:
         self._last |= metrics
         return dict(self._last)
 
-    def line(self, of_buffer: Mapping[str, float], of_strategies: Mapping[str, float]) -> dict[str, float]:
-        """What a log line says of replay: everything since the last line, and the present sizes."""
+    def line(
+        self, of_buffer: Mapping[str, float], of_strategies: Mapping[str, float], *, is_short: bool = False
+    ) -> dict[str, float]:
+        """
+        What a log line says of replay: everything since the last line, and the present sizes.
+
+        A short one has `SHORT_LINE` alone, and what strategies and buffers of the user report.
+        """
         sizes = {_OF_BUFFER.get(name, f"replay/{name}"): value for name, value in of_buffer.items()}
         reported = {f"replay/{name}": float(value) for name, value in of_strategies.items()}
-        return self.flush() | sizes | reported | {"replay/tokens_saved": float(self.tokens_saved)}
+        line = self.flush() | sizes | reported | {"replay/tokens_saved": float(self.tokens_saved)}
+        if not is_short:
+            return line
+        # No built-in strategy reports a metric.
+        own = {f"replay/{name}" for name in of_buffer if name not in _OF_BUFFER and not name.startswith(_BUCKET)}
+        return {name: value for name, value in line.items() if name in SHORT_LINE | own | reported.keys()}
 
 
 def importance_ratio_metrics(log_ratios: np.ndarray) -> dict[str, float]:

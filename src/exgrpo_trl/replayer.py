@@ -450,8 +450,9 @@ class Replayer:
         if not self.processes.is_main:
             return {}
         self.metrics.add_log_ratios(gathered)
-        self.metrics.add({"replay/fraction_allowed": self.pacing.fraction_allowed})
-        return self.metrics.line(self.buffer.metrics(), self.strategies.metrics())
+        self.metrics.add_fraction_allowed(self.pacing.fraction_allowed)
+        is_short = self.args.log_replay == "short"
+        return self.metrics.line(self.buffer.metrics(), self.strategies.metrics(), is_short=is_short)
 
     def save(self, checkpoint: str) -> None:
         """Save buffer and state of replay into a checkpoint that is about to be written, the last batch included."""

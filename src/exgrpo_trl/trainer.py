@@ -5,6 +5,7 @@ import os
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ from .compatibility import (
     check_wrapped,
     naming_overrides,
     overridden,
+    signature_with_own,
     wrapped,
 )
 from .config import ExGRPOConfig
 from .dataset import ActiveQuestionSampler, DroppedQuestions, check_dataset, undecodable_row
 from .generation import GenerationHooks
+from .model_card import describe_replay
 from .own_experience import score_experience
 from .processes import Processes
 from .prompts import Prompts
@@ -51,16 +54,6 @@ from .rollouts import Rollouts, SingleTurnRollouts, VLLMRollouts
 from .strategies import Strategies
 from .strategies.weighting import show_replayed
 from .success import SuccessRule
-
-
-def _signature(init: Callable[..., None]) -> inspect.Signature:
-    """Signature of a trainer's `__init__` with TRL's arguments in the place of `*positional` and `**keywords`."""
-    own = inspect.signature(init).parameters
-    catch_all = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    of_trl = inspect.signature(GRPOTrainer.__init__).parameters
-    before = [own.get(name, parameter) for name, parameter in of_trl.items()]
-    after = [parameter for name, parameter in own.items() if name not in of_trl and parameter.kind not in catch_all]
-    return inspect.Signature(before + after)
 
 
 def _path_or(buffer: Any, otherwise: str) -> str:
@@ -253,7 +246,7 @@ class ExGRPOTrainer(GenerationHooks):
             self.replayer.bind(self._training_questions())
 
     # What an IDE or a notebook shows: TRL's arguments, whichever they are in the installed release, and ours.
-    __init__.__signature__ = _signature(__init__)  # type: ignore[attr-defined]
+    __init__.__signature__ = signature_with_own(__init__)  # type: ignore[attr-defined]
 
     @property
     def experience_buffer(self) -> ReplayBuffer:
@@ -459,6 +452,11 @@ class ExGRPOTrainer(GenerationHooks):
         if self._is_replay_enabled and self.model.training and "loss" in logs:
             logs.update(self.replayer.log_metrics())
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            describe_replay(Path(self.args.output_dir, "README.md"), self.replayer, self.state.global_step)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._is_replay_enabled:

@@ -35,6 +35,7 @@ BAD_FIELDS = [
     ("completion_selection", ["lowest", None]),
     ("replay_weighting", ["shape", None]),
     ("difficulty", ["hard"]),
+    ("log_replay", ["long", None, True, ["all"]]),
     ("num_generations", [1, 0]),
 ]
 

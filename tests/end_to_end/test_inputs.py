@@ -416,14 +416,6 @@ def test_custom_strategies_are_called(tmp_path):
     assert {line["replay/fraction"] for line in lines_of(trainer)} == {0, 0.25}
 
 
-def test_model_card_names_the_method(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.create_model_card(model_name="tiny")
-    card = (tmp_path / "README.md").read_text()
-    assert "ExGRPO" in card
-    assert "2510.02245" in card
-
-
 def test_the_config_survives_json_and_the_command_line(tmp_path):
     from trl import TrlParser
 

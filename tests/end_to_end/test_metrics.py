@@ -6,10 +6,19 @@ import pickle
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import make_trainer
+from tiny import (
+    first_letter_reward,
+    make_trainer,
+    parameters_of,
+    tiny_arguments,
+    tiny_dataset,
+    tiny_model,
+    tiny_tokenizer,
+)
 from transformers import TrainerCallback
 
-from exgrpo_trl import ExGRPOTrainer, metrics
+from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer, ExperienceBuffer, metrics
+from exgrpo_trl.strategies.samplers import UniformSampler
 
 ALWAYS = {
     "replay/active", "replay/fraction", "replay/questions", "replay/completions", "replay/tokens", "replay/retired",
@@ -22,6 +31,20 @@ WHEN_REPLAYED = {
     "replay/importance_ratio_mean", "replay/importance_ratio_max", "replay/importance_ratio_q10",
     "replay/importance_ratio_q50", "replay/importance_ratio_q90", "replay/effective_sample_size",
 }  # fmt: skip
+SHORT = {
+    "fresh/pass_rate", "fresh/frac_groups_without_signal", "replay/fraction", "replay/group_pass_rate",
+    "replay/effective_sample_size", "replay/staleness_mean", "replay/questions", "replay/retired",
+    "replay/tokens_saved", "replay/scoring_seconds",
+}  # fmt: skip
+
+
+def replay_lines(trainer):
+    """Metrics of replay of each line of the training."""
+    return [
+        {name: value for name, value in line.items() if name.startswith(("replay/", "fresh/"))}
+        for line in trainer.state.log_history
+        if "loss" in line
+    ]
 
 
 @pytest.mark.parametrize(
@@ -107,3 +130,51 @@ def test_a_run_that_does_not_log_keeps_its_size(tmp_path, monkeypatch, logging):
     assert replayer.log_ratios.count > 100
     assert sizes[-1][0] < sizes[8][0] + 100
     assert sizes[-1][1] < sizes[8][1] + 100
+
+
+def test_by_default_a_line_has_ten_metrics_and_those_of_the_user(tmp_path):
+    class Sampler(UniformSampler):
+        def metrics(self):
+            return {"temperature": 0.5}
+
+    class Buffer(ExperienceBuffer):
+        def metrics(self):
+            return super().metrics() | {"own": 7}
+
+    args = ExGRPOConfig(**tiny_arguments(tmp_path, max_steps=4, retire_solved=False, replay_start_pass_rate=None))
+    trainer = ExGRPOTrainer(
+        tiny_model(),
+        first_letter_reward,
+        args,
+        train_dataset=tiny_dataset(),
+        processing_class=tiny_tokenizer(),
+        experience_buffer=Buffer(group_size=4, retire_solved=False),
+        question_sampler=Sampler(),
+    )
+    trainer.train()
+    first, *_, last = replay_lines(trainer)
+    own = {"replay/temperature", "replay/own"}
+    assert first.keys() == SHORT - WHEN_REPLAYED | own
+    assert last.keys() == SHORT | own
+    assert last["replay/temperature"] == 0.5
+    assert last["replay/own"] == 7
+
+
+def test_training_does_not_depend_on_what_is_logged(tmp_path):
+    """Weights, state and numbers are the same to the last bit, also where a resume logs something else."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    runs = {}
+    for log_replay in ("short", "all"):
+        runs[log_replay] = make_trainer(tmp_path / log_replay, log_replay=log_replay, **options)
+        runs[log_replay].train()
+    runs["resumed"] = make_trainer(tmp_path / "resumed", log_replay="all", **options)
+    runs["resumed"].train(resume_from_checkpoint=str(tmp_path / "short" / "checkpoint-3"))
+    expected = parameters_of(runs["all"])
+    for trainer in runs.values():
+        assert all((value == expected[name]).all() for name, value in parameters_of(trainer).items())
+        assert trainer.replayer.state_dict() == runs["all"].replayer.state_dict()
+    lines = [replay_lines(runs[name]) for name in ("short", "all")]
+    assert any(line["replay/fraction"] for line in lines[0])
+    for short, whole in zip(*lines, strict=True):
+        assert short.keys() == whole.keys() & SHORT
+        assert all(whole[name] == value for name, value in short.items() if name != "replay/scoring_seconds")

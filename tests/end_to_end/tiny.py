@@ -103,7 +103,8 @@ def make_trainer(output_dir: Any, trainer_class: Any = None, **options: Any) -> 
     """
     A trainer on tiny parts. Options that are not arguments of the trainer are fields of its config.
 
-    Replay starts at once unless `replay_start_pass_rate` says otherwise.
+    Replay starts at once unless `replay_start_pass_rate` says otherwise, and all metrics are logged, unless
+    `log_replay` does.
     """
     from exgrpo_trl import ExGRPOConfig, ExGRPOTrainer
 
@@ -131,6 +132,7 @@ def make_trainer(output_dir: Any, trainer_class: Any = None, **options: Any) -> 
         arguments |= {name: None for name in own if name != "eviction" or not isinstance(options.get(name), str)}
         config_class: Any = ExGRPOConfig
         options.setdefault("replay_start_pass_rate", None)
+        options.setdefault("log_replay", "all")
     else:
         from trl import GRPOConfig as config_class
     for name in (*arguments, "tools", "rollout_func", "environment_factory"):

@@ -48,6 +48,15 @@ class Strategies:
         yield "eviction", self.eviction
         yield "weighting", self.weighting
 
+    def names(self) -> dict[str, tuple[bool, str]]:
+        """Whether they are built-in, and their name or else that of their class, by field of the configuration."""
+        told: dict[str, tuple[bool, str]] = {}
+        for argument, strategy in self.items():
+            _, built_in, field = _KINDS[argument]
+            name = next((name for name, kind in built_in.items() if type(strategy) is kind), None)
+            told[field] = (name is not None, name or _name_of(strategy))
+        return told
+
     def observe(self, batch: CollectedBatch) -> None:
         """Show a collected batch to those that act on the main process alone: all but the weighting."""
         for name, strategy in self.items():
