@@ -260,6 +260,17 @@ def test_first_example_is_kept_and_the_prompt_must_stay():
     assert tokens_of(buffer, "a") == [[1], [2]]
 
 
+def test_a_prompt_with_nan_is_itself():
+    buffer = ExperienceBuffer()
+    for token in (1, 2):  # as datasets and saved buffers give it, another object each time
+        prompt = [{"role": "user", "content": "?", "tool_calls": [{"arguments": {"x": float("nan")}}]}]
+        buffer.collect(Question("a", {"prompt": prompt}), [make(token)], num_correct=1, group_size=K)
+    prompt = [{"role": "user", "content": "?", "tool_calls": [{"arguments": {"x": 1.0}}]}]
+    with pytest.raises(ValueError, match="belongs to two prompts"):
+        buffer.collect(Question("a", {"prompt": prompt}), [make(3)], num_correct=1, group_size=K)
+    assert tokens_of(buffer, "a") == [[1], [2]]
+
+
 def test_same_tokens_of_two_questions_are_two_completions():
     buffer = ExperienceBuffer()
     experience = make(1)

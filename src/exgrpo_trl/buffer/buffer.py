@@ -644,7 +644,8 @@ class ExperienceBuffer:
             return
         prompts = [asked.example["prompt"] for asked in (stored.question, question)]
         # `plain`, because arrays in a prompt do not compare as a whole; images compare by their pixels.
-        if plain(referenced(prompts[0])) != plain(referenced(prompts[1])):
+        one, other = (plain(referenced(prompt)) for prompt in prompts)
+        if one != other and repr(one) != repr(other):  # NaN is itself
             raise ValueError(
                 f"Question id {question.question_id!r} belongs to two prompts: {prompts[0]!r} and {prompts[1]!r}. "
                 "Identify questions by a column with one id per prompt, or by the prompt itself "
