@@ -500,7 +500,7 @@ def test_the_examples_of_the_docs(tmp_path, monkeypatch, capsys):
     assert len(blocks) == 5
     save_tiny_model(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    tiny = tiny_arguments("", max_steps=2, num_generations=8, per_device_train_batch_size=8)
+    tiny = tiny_arguments("", max_steps=2, num_generations=8, per_device_train_batch_size=8, log_replay="all")
     del tiny["output_dir"]
     monkeypatch.setattr(exgrpo_trl, "ExGRPOConfig", functools.partial(ExGRPOConfig, **tiny))
     monkeypatch.chdir(tmp_path)
