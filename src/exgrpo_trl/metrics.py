@@ -317,7 +317,8 @@ class ReplayMetrics:
             return line
         # No built-in strategy reports a metric.
         own = {f"replay/{name}" for name in of_buffer if name not in _OF_BUFFER and not name.startswith(_BUCKET)}
-        return {name: value for name, value in line.items() if name in SHORT_LINE | own | reported.keys()}
+        kept = SHORT_LINE | own | reported.keys()
+        return {name: value for name, value in line.items() if name in kept}
 
 
 def importance_ratio_metrics(log_ratios: np.ndarray) -> dict[str, float]:
