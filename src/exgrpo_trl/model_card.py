@@ -26,18 +26,19 @@ _ALWAYS = (
 _NOT_OF_THE_MODEL = ("replay_log", "log_replay")
 
 
-def describe_replay(path: Path, replayer: Replayer, num_steps: int) -> None:
+def describe_replay(card: str, replayer: Replayer, num_steps: int) -> None:
     """
     Put what is to be said of replay into a model card, in the place of what an earlier call has put there.
 
     Args:
-        path (`Path`):
-            The card, Markdown. Where there is none, nothing is written.
+        card (`str`):
+            Path of the card, Markdown. Where there is none, nothing is written.
         replayer ([`Replayer`]):
             What is told of, on the main process.
         num_steps (`int`):
             Optimizer steps so far.
     """
+    path = Path(card)
     if not path.exists():
         return
     before, heading, rest = path.read_text(encoding="utf-8").partition(_HEADING)

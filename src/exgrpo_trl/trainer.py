@@ -5,7 +5,6 @@ import os
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -456,7 +455,7 @@ class ExGRPOTrainer(GenerationHooks):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            describe_replay(Path(self.args.output_dir, "README.md"), self.replayer, self.state.global_step)
+            describe_replay(os.path.join(self.args.output_dir, "README.md"), self.replayer, self.state.global_step)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._is_replay_enabled:
