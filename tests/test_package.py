@@ -81,7 +81,7 @@ def test_py_typed_is_shipped() -> None:
 # What a module may import of the package, besides what its own folder holds: what stands before it.
 ORDER = [
     "errors", "saved_state", "images", "value_codecs", "values", "rollout_details", "records", "examples",
-    "strategies", "buffer", "replay_log", "cli", "report", "html", "notebook",
+    "strategies", "buffer", "replay_log", "inspection", "html", "notebook", "report", "cli",
     "plan", "fresh", "rows", "processes", "scoring", "batch", "rollouts", "prompts", "rewards", "success", "metrics",
     "config", "pacing", "coverage", "pools", "questions", "dataset", "checkpoints", "selection", "notices", "reuse",
     "log_rows", "replay_log_writer", "compatibility", "asking", "replayer", "model_card", "filling",
@@ -108,7 +108,7 @@ def test_imports_point_one_way() -> None:
 
 def test_a_folder_is_imported_one_way_too() -> None:
     folder = Path(exgrpo_trl.__file__).parent
-    for part in ("buffer", "strategies", "rollouts", "cli", "report"):
+    for part in ("buffer", "strategies", "rollouts", "inspection", "report", "cli"):
         imported = {
             module.stem: set(re.findall(r"^from \.(\w+) import", module.read_text(), flags=re.MULTILINE))
             for module in (folder / part).glob("*.py")

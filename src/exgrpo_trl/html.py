@@ -17,8 +17,8 @@ from typing import Any
 
 from .buffer import ExperienceBuffer
 from .buffer.settings import GROUP
-from .cli.readable import one_line, readable
-from .cli.text import messages_of, plain_text, prompt_of
+from .inspection.readable import one_line, readable
+from .inspection.text import messages_of, plain_text, prompt_of
 from .records import Experience, Question
 
 _MOST_BARS = 32

@@ -11,7 +11,7 @@ from saved_runs import CODE, options_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from exgrpo_trl.buffer import ExperienceBuffer
-from exgrpo_trl.cli.text import Decoder
+from exgrpo_trl.inspection.text import Decoder
 
 KINDS = ["ids", "chat", "tools", "images", "groups"]
 

@@ -31,8 +31,8 @@ MODULES = [
     "rollouts/environments",
     "rollouts/functions",
     "rollouts/vllm",
-    "cli/output",
-    "cli/text",
+    "inspection/output",
+    "inspection/text",
     "cli/question",
 ]
 # Of these, what is said of values that only code can pass, or follows from an error that is there.

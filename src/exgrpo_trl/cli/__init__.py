@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from .. import __version__
+from ..inspection.readable import readable
 from ..records import ExperienceBufferError
 from . import diff, export, merge, prune, report, show, train, why
-from .readable import readable
 
 # Each has `HELP`, `add_arguments(parser)` and `run(arguments)`, which raises ExperienceBufferError.
 COMMANDS = {

@@ -14,11 +14,11 @@ from rich.text import Text
 from ..buffer import ExperienceBuffer
 from ..buffer.merging import is_same_provenance
 from ..buffer.settings import GROUP
+from ..inspection.opened import Opened, opened
+from ..inspection.output import write_json
+from ..inspection.readable import one_line
 from ..records import ExperienceBufferError
 from .arguments import whole_number
-from .opened import Opened, opened
-from .output import write_json
-from .readable import one_line
 
 HELP = "what came, went, moved and retired between two saved buffers"
 _LIMIT = 20

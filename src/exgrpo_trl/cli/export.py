@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..images import images_in, map_images
+from ..inspection.opened import Row, opened, rows_of
+from ..inspection.output import jsonable, refuse_existing, whole_file
+from ..inspection.readable import readable
+from ..inspection.text import Decoder, find_decoder, prompt_of
 from ..records import ExperienceBufferError
 from .arguments import add_output
 from .filters import add_filters, facts_of, take_matching
-from .opened import Row, opened, rows_of
-from .output import jsonable, refuse_existing, whole_file
-from .readable import readable
-from .text import Decoder, find_decoder, prompt_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..buffer import ExperienceBuffer
+from ..inspection.opened import Opened, Row
+from ..inspection.text import Decoder, find_decoder, plain_text, prompt_of
 from ..records import ExperienceBufferError
-from .opened import Opened, Row
-from .text import Decoder, find_decoder, plain_text, prompt_of
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,

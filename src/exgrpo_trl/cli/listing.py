@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .opened import Opened, Row
-from .readable import one_line
-from .text import plain_text, prompt_of
+from ..inspection.opened import Opened, Row
+from ..inspection.readable import one_line
+from ..inspection.text import plain_text, prompt_of
 
 # What a listing is sorted by; ages are those of the newest completion.
 SORT_FIELDS = ("question", "bucket", "completions", "age", "reward", "length", "replays")

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from ..buffer import ExperienceBuffer
+from ..inspection.opened import opened
+from ..inspection.output import refuse_existing, save
+from ..inspection.readable import readable
 from ..records import ExperienceBufferError
 from .arguments import add_output, whole_number
-from .opened import opened
-from .output import refuse_existing, save
-from .readable import readable
 
 HELP = "several saved buffers as a new one"
 

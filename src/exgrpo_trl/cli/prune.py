@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ..buffer import ExperienceBuffer
 from ..buffer.locations import hidden_names, resolved
+from ..inspection.opened import Opened, opened
+from ..inspection.output import refuse_existing, save
+from ..inspection.readable import readable
 from ..records import ExperienceBufferError
 from .arguments import add_force
 from .filters import Facts, add_filters, decoder_for, facts_of, take_matching
-from .opened import Opened, opened
-from .output import refuse_existing, save
-from .readable import readable
 
 HELP = "put completions of a saved buffer aside, and bring them back"
 

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..buffer.settings import GROUP
+from ..inspection.opened import Opened, Row
+from ..inspection.readable import one_line, readable
+from ..inspection.text import Decoder, content_text, messages_of, prompt_of
+from ..inspection.tokens import has_colours, legend, pieces_of, shown_tokens, turns_of
 from ..records import ExperienceBufferError
-from .opened import Opened, Row
-from .readable import one_line, readable
-from .text import Decoder, content_text, messages_of, prompt_of
-from .tokens import has_colours, legend, pieces_of, shown_tokens, turns_of
 
 # A completion in fewer characters a line is hard to read.
 _NARROWEST = 36

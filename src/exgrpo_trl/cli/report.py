@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..inspection.readable import readable
 from .arguments import add_output
-from .readable import readable
 
 HELP = "one HTML file about a run: plots, warning signs, and all stored questions"
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the file, and say what stands at its top."""
-    from ..report.writing import written  # it reads with parts of this folder
+    from ..report.writing import written  # pyarrow comes with it, which --help can do without
 
     output, said = written(arguments.path, arguments.output, arguments.tokenizer, force=arguments.force)
     lines = [f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB)", *said]

@@ -19,15 +19,15 @@ from ..buffer.locations import find_buffer
 from ..buffer.metadata import read_metadata
 from ..buffer.settings import GROUP
 from ..images import StoredImage
+from ..inspection.opened import opened, rows_of
+from ..inspection.output import write_json
+from ..inspection.readable import one_line, readable
+from ..inspection.text import find_decoder
 from ..records import ExperienceBufferError
 from .arguments import whole_number
 from .filters import add_filters, decoder_for, facts_of, matching
 from .listing import SORT_FIELDS, print_questions, questions_of
-from .opened import opened, rows_of
-from .output import write_json
 from .question import describe_question, find_question, print_question
-from .readable import one_line, readable
-from .text import find_decoder
 
 HELP = "summary of a saved experience buffer, its questions, or one of them with its completions"
 BAR_WIDTH = 40

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .readable import readable
+from ..inspection.readable import readable
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..buffer.settings import GROUP
-from ..cli.opened import Opened, Row, rows_of
-from ..cli.text import Decoder, content_text, messages_of, plain_text, prompt_of
-from ..cli.tokens import turns_of
+from ..inspection.opened import Opened, Row, rows_of
+from ..inspection.text import Decoder, content_text, messages_of, plain_text, prompt_of
+from ..inspection.tokens import turns_of
 from .shown import cut, packed, visible
 
 # Characters of a completion, of a message of a prompt, of another column.

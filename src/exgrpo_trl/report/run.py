@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..buffer.locations import BUFFER_FOLDER, TRAINER_STATE_FILE, checkpoints_of, find_buffer, is_complete, resolved
-from ..cli.opened import Opened, opened
-from ..cli.text import Decoder, find_decoder
+from ..inspection.opened import Opened, opened
+from ..inspection.text import Decoder, find_decoder
 from ..records import ExperienceBufferError
 from ..replay_log import find_replay_log, number_of, parts_of, read_replay_log
 from .history import History, Series, newest_history

@@ -6,7 +6,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..cli.output import refuse_existing, whole_file
+from ..inspection.output import refuse_existing, whole_file
 from ..records import ExperienceBufferError
 from .charts import charts_of
 from .drawing import check_matplotlib
