@@ -13,7 +13,8 @@ from PIL import Image
 
 from exgrpo_trl import Experience, ExperienceBuffer, Question, RolloutDetails, StoredImage
 from exgrpo_trl.buffer.files import load_buffer
-from exgrpo_trl.buffer.metadata import DATA_FILES, digests
+from exgrpo_trl.buffer.hashed_files import digests
+from exgrpo_trl.buffer.metadata import DATA_FILES
 
 GROUP_SIZE = 8
 PER_QUESTION = 4
