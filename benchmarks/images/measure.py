@@ -108,7 +108,7 @@ def seconds_to_read_tables(folder: str) -> float:
 
 
 def seconds_of_checksums(folder: str) -> float:
-    """Seconds of the checksums alone, which a save and a load take of every byte."""
+    """Seconds of the checksums alone, of files that are read for them, as a load does."""
     return seconds(lambda: list(digests(Path(folder, "buffer"), DATA_FILES)))
 
 
