@@ -2,13 +2,14 @@ import copy
 import io
 import json
 import pickle
+import random
 
 import numpy as np
 import pytest
 
 from exgrpo_trl import images
 from exgrpo_trl.images import ImageReference, StoredImage, pixel_digest
-from exgrpo_trl.values import copied, from_json, referenced_digests, to_json
+from exgrpo_trl.values import copied, from_json, referenced_digests, to_json, value_and_digests
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -164,6 +165,65 @@ def test_text_that_looks_like_a_reference_is_none():
         text = json.dumps(to_json({"content": value}))
         assert referenced_digests(text) == []
         assert from_json(text) == {"content": value}
+
+
+REFERENCE = '{"__exgrpo_type__": "image_reference", "digest": "0f"}'
+# What holds references, `R`, and what only looks so.
+TEXTS_WITH_REFERENCES = [
+    *("", "{", "1", '"a"', '{"a": NaN}', " [1] ", "R", "RR", " R", "R ", "[R]", "[R, R]", '{"a": 1, "a": R}'),
+    *('"R"', '"aR', '"aR"', r'"a\R"', '["R", "a"]', '{"R": 1}', "{R: 1}", "[R, {}, 1.5, null]", '{"a": R}'),
+    *('[{"role": "tool", "content": [R, "R"]}]', r'[R, "\u4e2d"]', r'[R, "\u00fc"]', r'[R, "\""]', r'{"b\"": R}'),
+    *("[" * 199 + "R" + "]" * 199, "[" * 200 + "R" + "]" * 200, f'[R, "{"[" * 300}"]', f"[R, {'[' * 300}]"),
+    *(
+        REFERENCE.replace('", "', '","'),
+        REFERENCE.replace("}", ', "a": 1}'),
+        REFERENCE.replace("type__", r"typ\u0065__"),
+    ),
+    *(f"[R, {REFERENCE.replace(old, new)}]" for old, new in [("image_ref", "no"), ("e__", r"\u0065__"), ("}", ",}")]),
+    *(f"[R, {REFERENCE.replace('0f', digest)}]" for digest in ("", "F", "x", "a\\", "\n", r"\n", r"\u0030")),
+    f"[R, {json.dumps(to_json(StoredImage(b'content', 'd')))}]",
+    json.dumps({"a": REFERENCE, "b": json.dumps(REFERENCE)}),
+]
+
+
+def found_by_a_check(text):
+    """What a check asks of the value of a JSON text, and its digests; or the error."""
+    try:
+        value, digests = value_and_digests(text)
+    except ValueError as error:
+        return str(error)
+    return asked_of(value), digests
+
+
+def found_in_the_value(text):
+    try:
+        value = from_json(text)
+    except ValueError as error:
+        return str(error)
+    return asked_of(value), {image.digest for image in images.images_in(value)}
+
+
+def asked_of(value):
+    if isinstance(value, dict):
+        return str({name: part if isinstance(part, int | float) else None for name, part in value.items()})
+    is_messages = isinstance(value, list) and all(isinstance(message, dict) for message in value)
+    return "text" if isinstance(value, str) else "messages" if is_messages else "neither"
+
+
+def test_a_check_of_a_text_finds_what_is_in_its_value():
+    chance = random.Random(0)
+    for text in TEXTS_WITH_REFERENCES:
+        text = text.replace("R", REFERENCE)
+        assert found_by_a_check(text) == found_in_the_value(text), text
+        for _ in range(50):
+            position = chance.randrange(len(text) + 1)
+            part = chance.choice(("", '"', "\\", "[", "}", ",", REFERENCE))
+            changed = text[:position] + part + text[position + chance.randrange(2) :]
+            assert found_by_a_check(changed) == found_in_the_value(changed), changed
+
+
+def test_a_check_of_a_text_does_not_miss_what_is_given_twice():
+    assert value_and_digests(f'{{"a": {REFERENCE}, "a": 1}}') == ({"a": 1}, {"0f"})
 
 
 def test_a_stored_image_is_itself():

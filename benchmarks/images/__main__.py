@@ -8,8 +8,8 @@ Beside it, what pyarrow alone takes for the same columns, in turn with it, and w
 4,000 tokens and 8 turns and to read it back. Loading and reading have processes of their own, as a resume is one. What
 pyarrow reads are tables, and a `bytes` object of every image; what the tables alone take is told beside it.
 
-Checksums are taken in a second thread, and tables are read in a third: where no core is free for these, a load takes
-longer, by half a second at most.
+Checksums are taken in a second thread, and a load reads tables in a third: where no core is free for these, a save and
+a load take longer, by half a second at most.
 """
 
 import os

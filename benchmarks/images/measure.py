@@ -13,7 +13,8 @@ from PIL import Image
 
 from exgrpo_trl import Experience, ExperienceBuffer, Question, RolloutDetails, StoredImage
 from exgrpo_trl.buffer.files import load_buffer
-from exgrpo_trl.buffer.metadata import DATA_FILES, digests
+from exgrpo_trl.buffer.hashed_files import digests
+from exgrpo_trl.buffer.metadata import DATA_FILES
 
 GROUP_SIZE = 8
 PER_QUESTION = 4
@@ -107,7 +108,7 @@ def seconds_to_read_tables(folder: str) -> float:
 
 
 def seconds_of_checksums(folder: str) -> float:
-    """Seconds of the checksums alone, which a save and a load take of every byte."""
+    """Seconds of the checksums alone, of files that are read for them, as a load does."""
     return seconds(lambda: list(digests(Path(folder, "buffer"), DATA_FILES)))
 
 

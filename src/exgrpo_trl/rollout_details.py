@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .images import StoredImage, images_in, referenced, resolved, stored
-from .values import from_json, may_refer, to_text
+from .images import StoredImage, referenced, resolved, stored
+from .values import from_json, to_text, value_and_digests
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,11 +175,11 @@ def check_texts(details: RolloutDetails, known_rewards: set[str]) -> None:
 
 def _checked_value(name: str, text: str, images: Sequence[StoredImage]) -> Any:
     try:
-        value = from_json(text)
+        value, digests = value_and_digests(text)
     except ValueError as error:
         raise ValueError(f"`{name}` is not JSON of a rollout: {error}") from error
-    if may_refer(text):
-        missing = {image.digest for image in images_in(value)}.difference([image.digest for image in images])
+    if digests:
+        missing = digests.difference([image.digest for image in images])
         if missing:
             raise ValueError(f"`{name}` refers to the images {sorted(missing)}, which its completion has not")
     return value

@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from exgrpo_trl.buffer import metadata
+from exgrpo_trl.buffer import hashed_files, metadata
 
 # As buffers are written; other layouts are refused before anyone looks at what is in them.
 LAYOUT = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
@@ -31,7 +31,7 @@ def seal(path):
     about = json.loads((path / "metadata.json").read_text())
     about["files"] = {
         file: {"bytes": size, "sha256": digest}
-        for file, size, digest in metadata.digests(path, metadata.data_files(about["schema_version"]))
+        for file, size, digest in hashed_files.digests(path, metadata.data_files(about["schema_version"]))
     }
     (path / "metadata.json").write_text(sealed(json.dumps(about | {"checksum": ""}, indent=2)))
 

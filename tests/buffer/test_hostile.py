@@ -345,6 +345,7 @@ def test_a_pipe_in_the_place_of_a_file(path, name):
 # Texts of details, which nobody reads before they are replayed
 
 
+IMAGE = '{"__exgrpo_type__": "image_reference", "digest": "0f"}'
 EMPTY_ITEMS = '{"a": {"__exgrpo_type__": "numpy_array", "dtype": "<U0", "shape": [1099511627776], "value": ""}}'
 
 
@@ -355,6 +356,13 @@ EMPTY_ITEMS = '{"a": {"__exgrpo_type__": "numpy_array", "dtype": "<U0", "shape":
         ("messages", "[1]", "neither text nor a list of messages"),
         ("messages", "[" * 10**5 + "]" * 10**5, "nested more than 200 levels"),
         ("messages", '[{"a": {"digest": "x", "__exgrpo_type__": "image_reference"}}]', "refers to the images .'x'."),
+        # References are read apart from the rest, which has to be right without them.
+        ("messages", f'[{{"a": {IMAGE}}}]', "refers to the images .'0f'."),
+        ("messages", f'[{{"a": {IMAGE}, "b": {{"__exgrpo_type__": "none"}}}}]', "the unknown type 'none'"),
+        ("messages", f'[{{"a": {IMAGE}, "b": {{"__exgrpo_typ\\u0065__": "none"}}}}]', "the unknown type 'none'"),
+        ("messages", f'[{{"a": "b{IMAGE}"}}]', "`messages` is not JSON of a rollout: Expecting .* column 12 "),
+        ("messages", f'[{{"a": {IMAGE}]', "`messages` is not JSON of a rollout: Expecting .* column 62 "),
+        ("messages", "[" * 200 + IMAGE + "]" * 200, "nested more than 200 levels"),
         ("shown_prompt", "{}", "`shown_prompt` is neither"),
         ("fields", "[]", "`fields` is no object"),
         ("fields", EMPTY_ITEMS, "too many"),

@@ -6,8 +6,9 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from .boundary import reading
 from .detail_columns import details_to_arrays
 from .disk import rename, sync
 from .garbage import without_collection
+from .hashed_files import HashedFile
 from .image_files import example_to_text, read_images, write_images
 from .limits import Budget, json_bytes, row_bytes
 from .locations import find_buffer, hidden_names, resolved
@@ -117,20 +119,36 @@ def load_buffer(path: str | os.PathLike[str], buffer_class: type[Buffer]) -> Buf
 
 
 def _write_files(buffer: ExperienceBuffer, directory: Path) -> None:
-    if _write_data(buffer, directory, "zstd").is_exceeded:
-        # What is the same all over compresses so well that it would be taken for an attack.
-        _write_data(buffer, directory, "none")
     with ThreadPoolExecutor(1) as executor:
-        # The disk takes them while their checksums are computed.
-        synced = executor.submit(_sync_data, directory)
-        text = metadata_text(described(buffer), directory)
-        synced.result()
+        budget, written = _write_data(buffer, directory, executor, "zstd")
+        if budget.is_exceeded:
+            # What is the same all over compresses so well that it would be taken for an attack.
+            _, written = _write_data(buffer, directory, executor, "none")
+        # The disk takes them while the last checksums are computed.
+        for name in DATA_FILES:
+            sync(directory / name)
+        text = metadata_text(described(buffer), {name: file.described() for name, file in written.items()})
     (directory / METADATA_FILE).write_text(text, encoding="ascii")
     sync(directory / METADATA_FILE)
 
 
-def _write_data(buffer: ExperienceBuffer, directory: Path, compression: str) -> Budget:
-    """Write the data files; returns what a load of them will ask for."""
+def _write_data(
+    buffer: ExperienceBuffer, directory: Path, executor: ThreadPoolExecutor, compression: str
+) -> tuple[Budget, dict[str, HashedFile]]:
+    """Write the data files; returns what a load of them will ask for, and the files, which are closed."""
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(HashedFile(directory / name, executor)) for name in DATA_FILES}
+        num_value_bytes = _write_rows(buffer, files, compression)
+    budget = Budget(sum((directory / name).stat().st_size for name in DATA_FILES))
+    budget.spent = num_value_bytes
+    for name in DATA_FILES:
+        num_rows, num_bytes = layout_of(directory / name)
+        budget.spent += num_bytes + row_bytes(num_rows, is_id=name == RETIRED_FILE)
+    return budget, files
+
+
+def _write_rows(buffer: ExperienceBuffer, files: Mapping[str, BinaryIO], compression: str) -> int:
+    """Write everything but the metadata; returns what the values of the questions take as Python objects."""
     # Bucket by bucket, so that every list of question ids comes back in its order.
     questions = [(question_id, bucket) for bucket, ids in buffer.buckets().items() for question_id in ids]
     images: dict[str, StoredImage] = {}
@@ -139,7 +157,7 @@ def _write_data(buffer: ExperienceBuffer, directory: Path, compression: str) -> 
         for question_id, bucket in questions
     )
     num_value_bytes = 0
-    with _writer(directory / QUESTIONS_FILE, QUESTION_SCHEMA, compression) as file:
+    with _writer(files[QUESTIONS_FILE], QUESTION_SCHEMA, compression) as file:
         for some in bounded(texts, lambda row: len(row[1])):
             num_value_bytes += sum(json_bytes(text) for _, text, _ in some)
             file.write_batch(pa.record_batch(list(zip(*some, strict=True)), schema=QUESTION_SCHEMA))
@@ -154,7 +172,7 @@ def _write_data(buffer: ExperienceBuffer, directory: Path, compression: str) -> 
     num_written = 0
     # Split by byte, log-probabilities compress better and several times faster.
     encoding = {"behavior_per_token_logps.list.element": "BYTE_STREAM_SPLIT"}
-    with _writer(directory / COMPLETIONS_FILE, COMPLETION_SCHEMA, compression, column_encoding=encoding) as file:
+    with _writer(files[COMPLETIONS_FILE], COMPLETION_SCHEMA, compression, column_encoding=encoding) as file:
         for batch in bounded(rows, lambda row: bytes_of(row[2])):
             *keys, experiences = zip(*batch, strict=True)
             details = [experience.details for experience in experiences]
@@ -166,25 +184,14 @@ def _write_data(buffer: ExperienceBuffer, directory: Path, compression: str) -> 
             columns.append(group_numbers(num_written, len(batch), group_size))
             file.write_batch(pa.record_batch(columns, schema=COMPLETION_SCHEMA))
             num_written += len(batch)
-    write_images(directory / IMAGES_FILE, images.values())
+    write_images(files[IMAGES_FILE], images.values())
 
-    with _writer(directory / RETIRED_FILE, RETIRED_SCHEMA, compression) as file:
+    with _writer(files[RETIRED_FILE], RETIRED_SCHEMA, compression) as file:
         file.write_batch(pa.record_batch([pa.array(list(buffer.retired), pa.string())], schema=RETIRED_SCHEMA))
-
-    budget = Budget(sum((directory / name).stat().st_size for name in DATA_FILES))
-    budget.spent = num_value_bytes
-    for name in DATA_FILES:
-        num_rows, num_bytes = layout_of(directory / name)
-        budget.spent += num_bytes + row_bytes(num_rows, is_id=name == RETIRED_FILE)
-    return budget
+    return num_value_bytes
 
 
-def _sync_data(directory: Path) -> None:
-    for name in DATA_FILES:
-        sync(directory / name)
-
-
-def _writer(file: Path, schema: pa.Schema, compression: str, **kwargs: Any) -> pq.ParquetWriter:
+def _writer(file: BinaryIO, schema: pa.Schema, compression: str, **kwargs: Any) -> pq.ParquetWriter:
     # `layout_of` refuses any other layout.
     options = {"compression": compression, "use_dictionary": False, "write_statistics": False}
     options |= {"compression_level": 1} if compression == "zstd" else {}

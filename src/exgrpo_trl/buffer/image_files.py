@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from .tables import bounded, row_groups
 IMAGE_SCHEMA = pa.schema([("digest", pa.string()), ("content", pa.large_binary())])
 
 
-def write_images(file: Path, images: Iterable[StoredImage]) -> None:
+def write_images(file: BinaryIO, images: Iterable[StoredImage]) -> None:
     """Write images in row groups of bounded size."""
     # What is compressed already only takes time.
     compression = {"digest": "zstd", "content": "none"}

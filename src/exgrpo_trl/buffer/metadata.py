@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from ..errors import ExperienceBufferError
+from .hashed_files import digests
 from .metadata_checks import check_metadata, parsed
 from .settings import GROUP
 
@@ -100,9 +101,9 @@ def described(buffer: ExperienceBuffer) -> dict[str, Any]:
     }
 
 
-def metadata_text(of_buffer: Mapping[str, Any], directory: Path) -> str:
+def metadata_text(of_buffer: Mapping[str, Any], of_files: Mapping[str, Mapping[str, Any]]) -> str:
     """
-    Text of the metadata: what is said of the buffer, and the checksums of its data files, which are written.
+    Text of the metadata: what is said of the buffer, and sizes and checksums of its data files.
 
     Raises:
         TypeError: if it holds what could not be loaded.
@@ -111,7 +112,7 @@ def metadata_text(of_buffer: Mapping[str, Any], directory: Path) -> str:
         "checksum": "",
         "schema_version": SCHEMA_VERSION,
         "package_version": _package_version(),
-        "files": {name: {"bytes": size, "sha256": digest} for name, size, digest in digests(directory, DATA_FILES)},
+        "files": {name: of_files[name] for name in DATA_FILES},
         **of_buffer,
     }
     text = json.dumps(metadata, indent=2)
@@ -127,19 +128,6 @@ def metadata_text(of_buffer: Mapping[str, Any], directory: Path) -> str:
 def data_files(schema_version: int) -> tuple[str, ...]:
     """The data files of a buffer of that version."""
     return DATA_FILES if schema_version >= 3 else DATA_FILES[:-1]
-
-
-def digests(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, int, str]]:
-    """Name, size in bytes and SHA-256 of data files."""
-    # Large, as a thread waits for others with every block; NumPy's memory costs what is used of it.
-    block = np.empty(2**25, np.uint8).data
-    for name in names:
-        digest, size = hashlib.sha256(), 0
-        with open(directory / name, "rb", buffering=0) as file:
-            while num_bytes := file.readinto(block):
-                digest.update(block[:num_bytes])
-                size += num_bytes
-        yield name, size, digest.hexdigest()
 
 
 def check_file(directory: Path, name: str, metadata: Mapping[str, Any]) -> None:
