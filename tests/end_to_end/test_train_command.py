@@ -107,6 +107,7 @@ def test_a_run_goes_on(run, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OF_THE_FILE", "")
     arguments = ["--config", "run.yaml", "--max_steps", "4", "--save_steps", "4", "--resume_from_checkpoint", "True"]
+    arguments += ["--log_replay", "all"]
     grpo_script.train(grpo_script.read_arguments(arguments)[0])
     assert (folder / "asked-0.txt").read_text() == "16 set\n", "one step is left"
     history = history_of(folder / "out" / "checkpoint-4")
