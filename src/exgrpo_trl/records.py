@@ -226,7 +226,6 @@ class Experience:
         is_right = ids.min() >= 0 and ids.max() <= MAX_TOKEN_ID
         is_right &= bool((logps >= MIN_LOG_PROBABILITY).all() and (logps <= MAX_LOG_PROBABILITY).all())
         is_right &= min(lengths) > 0 and bool(np.isfinite(rewards).all()) and not np.isinf(entropies).any()
-        own = list(zip(ids.astype(np.int32), logps, lengths, strict=True))
         rest = list(zip(rewards, entropies, prompt_hashes, details, strict=True))
         if not is_right or any(of_row is not None and of_row.run_bytes for of_row in details):
             return [
@@ -239,12 +238,16 @@ class Experience:
                     prompt_hash=prompt_hash,
                     details=of_row,
                 )
-                for (ids, logps, length), (reward, entropy, prompt_hash, of_row) in zip(own, rest, strict=True)
+                for ids, logps, length, (reward, entropy, prompt_hash, of_row) in zip(
+                    ids.astype(np.int32), logps, lengths, rest, strict=True
+                )
             ]
         version = _checked_policy_version(policy_version)
+        id_bytes, logp_bytes = ids.astype(np.int32).tobytes(), logps.astype(np.float32, copy=False).tobytes()
+        begins = range(0, len(id_bytes), 4 * ids.shape[1])
         return [
-            cls(ids[:length].tobytes(), logps[:length].tobytes(), version, *of_row)
-            for (ids, logps, length), of_row in zip(own, rest, strict=True)
+            cls(id_bytes[begin : begin + 4 * length], logp_bytes[begin : begin + 4 * length], version, *of_row)
+            for begin, length, of_row in zip(begins, lengths, rest, strict=True)
         ]
 
     @property

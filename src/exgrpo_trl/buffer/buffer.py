@@ -661,8 +661,8 @@ class ExperienceBuffer:
             self._evict_by_rule(None)
 
     def _apply_question_limit(self, question_id: str) -> None:
-        stored = self._store.questions.get(question_id)
-        while stored and self._max_per_question is not None and len(stored) > self._max_per_question:
+        stored = self._store.questions.get(question_id, ())
+        while self._max_per_question is not None and len(stored) > self._max_per_question:
             self._evict_by_rule(question_id)
 
     def _evict_by_rule(self, question_id: str | None) -> None:
