@@ -34,7 +34,7 @@ COLUMNS = ("behavior_per_token_logps", "is_replayed", IDENTITY)
 
 def _selected(parts: Sequence[torch.Tensor], at: Sequence[int]) -> list[torch.Tensor]:
     """Some rows of each of several tensors, all on one device; without their graph."""
-    index = torch.tensor(at, device=parts[0].device)
+    index = torch.from_numpy(np.array(at)).to(parts[0].device)
     return [part.detach().index_select(0, index) for part in parts]
 
 
@@ -220,8 +220,8 @@ class Batch:
     @property
     def fresh_pass_rate(self) -> float:
         """Share of the generated rollouts that are successes; NaN where none was generated."""
-        num_generated = self.is_fresh.sum() + len(self.replaced)
-        return float(self.is_correct[self.is_fresh].sum() / num_generated) if num_generated else math.nan
+        num_generated = np.count_nonzero(self.is_fresh) + len(self.replaced)
+        return np.count_nonzero(self.is_correct & self.is_fresh) / num_generated if num_generated else math.nan
 
     @property
     def shows_own_prompts(self) -> bool:
@@ -261,10 +261,11 @@ class Batch:
         examples: dict[int, tuple[dict[str, Any], bool]] = {}  # of replayed groups, with whether there are tensors
         for position, row in enumerate(inputs):
             group, slot = divmod(self.first_row + position, self.group_size)
-            if group in self.replayed_questions:
-                self._examples[self._key(position)] = self.replayed_questions[group].example
+            key, question = self._key(position), self.replayed_questions.get(group)
+            if question is not None:
+                self._examples[key] = question.example
                 if group not in examples:  # to decode its images once
-                    example = opened(self.replayed_questions[group].example)
+                    example = opened(question.example)
                     examples[group] = example, find_device(example) is not None
                 example, has_tensors = examples[group]
                 stored = placed_row(example, row, self.stored.get(position))
@@ -274,7 +275,6 @@ class Batch:
                 continue
             if slot == 0:
                 self.questions[group] = question_of_row(row, id_of(row, group))
-            key = self._key(position)
             if key not in self._examples:  # a copy, because reward functions may draw on images
                 known = self.questions.get(group) if slot == 0 or not self.may_differ else None
                 self._examples[key] = copied(shown_columns(row)) if known is None else known.example
@@ -506,8 +506,8 @@ class Batch:
             own_logps[:, : max(lengths)],
             lengths,
             policy_version=self.policy_version,
-            rewards=self.rewards.flat[wanted].tolist(),
-            entropies=means.tolist(),
+            rewards=self.rewards.flat[wanted],
+            entropies=means.cpu().numpy(),
             prompt_hashes=self._hashes_of(positions),
             details=[None if is_plain else self._details(position) for position in positions],
         )

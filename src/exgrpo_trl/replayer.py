@@ -44,7 +44,7 @@ from .success import SuccessRule
 logger: Any = logging.get_logger(__name__)
 
 # A batch with positions in a micro-batch, by row of the batch.
-TrainedRows = tuple[Batch, Mapping[int, int]]
+TrainedRows = tuple[Batch, dict[int, int]]
 
 # Of the state that a buffer keeps for the trainer. 1: without the strategies.
 _STATE_VERSION = 2
@@ -332,11 +332,12 @@ class Replayer:
         if len(identity) != len(completion_ids):
             raise ValueError(f"{len(completion_ids)} completions have the identity of {len(identity)}")
         now = checksum(completion_ids, identity[:, 2])
-        numbers, rows, lengths, *sums = torch.cat([identity, now[:, None]], 1).T.tolist()
-        if sums[0] != sums[1] or max(lengths, default=0) > completion_ids.size(1):
-            told = zip(rows, lengths, *sums, strict=True)
-            row = next(row for row, n, old, new in told if old != new or n > completion_ids.size(1))
+        told = torch.cat([identity, now[:, None]], 1).cpu().numpy()
+        is_other = (told[:, 3] != told[:, 4]) | (told[:, 2] > completion_ids.size(1))
+        if is_other.any():
+            row = told[is_other.argmax(), 1]
             raise ValueError(f"row {row} holds other tokens in the loss than when it was generated")
+        numbers, rows = told[:, 0].tolist(), told[:, 1].tolist()
         found: dict[int, dict[int, int]] = {number: {} for number in numbers}
         for position, (number, row) in enumerate(zip(numbers, rows, strict=True)):
             found[number][row] = position

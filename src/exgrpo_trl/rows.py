@@ -115,12 +115,12 @@ def check_rows(
     for position in stored if told_masks is None else range(len(token_ids)):
         if not num_trained[position]:
             continue  # truncated, and not trained
-        experience = stored.get(position)
-        if experience is not None and experience.num_model_tokens == experience.num_tokens:
-            is_told = num_trained[position] == experience.num_tokens
+        own = stored.get(position)
+        if own is not None and own.num_model_tokens == own.num_tokens:
+            is_as_told = num_trained[position] == own.num_tokens
         else:
-            told = experience.is_model if experience is not None else np.asarray(told_masks[position], dtype=bool)  # type: ignore[index]
-            is_told = np.array_equal(masks[position, : lengths[position]], told)
-        if not is_told:
+            told = np.asarray(told_masks[position], dtype=bool) if own is None else own.is_model  # type: ignore[index]
+            is_as_told = np.array_equal(masks[position, : lengths[position]], told)
+        if not is_as_told:
             raise ValueError(f"row {first_row + position} trains on other tokens than those the model wrote")
     return padded

@@ -408,11 +408,9 @@ class ExperienceBuffer:
         Returns:
             `bool`: whether it was stored.
         """
-        found = self._store.find(question_id, experience)
-        if found is None:
-            return False
-        self.num_evicted += self._store.remove(question_id, found)
-        return True
+        num_left = self._store.remove(question_id, experience)
+        self.num_evicted += num_left
+        return num_left > 0
 
     def evict_older_than(self, policy_version: int) -> int:
         """
