@@ -221,7 +221,8 @@ class Batch:
     def fresh_pass_rate(self) -> float:
         """Share of the generated rollouts that are successes; NaN where none was generated."""
         num_generated = np.count_nonzero(self.is_fresh) + len(self.replaced)
-        return np.count_nonzero(self.is_correct & self.is_fresh) / num_generated if num_generated else math.nan
+        num_correct = np.count_nonzero(self.is_correct & self.is_fresh)
+        return float(num_correct / num_generated) if num_generated else math.nan
 
     @property
     def shows_own_prompts(self) -> bool:
