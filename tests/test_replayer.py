@@ -83,11 +83,9 @@ def step(replayer, rewards, global_step=0, names="abcd", is_trained=True):
     prompt_ids = torch.tensor(replayer.prompts.token_ids(placed))
     replayer.observe(batch, {"completion_mask": mask, "prompt_ids": prompt_ids, "prompt_mask": mask})
     if is_trained:
-        ((trained, positions, rows),) = replayer.trained_rows(
-            {"completion_ids": completion_ids, **batch.columns(completion_ids)}
-        )
+        ((trained, at),) = replayer.trained_rows({"completion_ids": completion_ids, **batch.columns(completion_ids)})
         assert trained is batch
-        batch.record(rows, -mask[positions], mask[positions])
+        batch.record(at, (-mask, mask))
     return batch
 
 
@@ -289,11 +287,9 @@ def test_rows_of_two_batches_may_be_trained_together():
     mixed = {name: torch.cat([columns[0][name][:8], columns[1][name][8:]]) for name in columns[0]}
     mixed["completion_ids"] = torch.cat([ids[0][:8], ids[1][8:]])
     trained = replayer.trained_rows(mixed)
-    assert [(batch, positions[0], rows[0]) for batch, positions, rows in trained] == [
-        (batches[0], 0, 0), (batches[1], 8, 8),
-    ]  # fmt: skip
-    for batch, positions, rows in trained:
-        batch.record(rows, -torch.ones(16, 2)[positions], torch.ones(16, 2)[positions])
+    assert trained == [(batches[0], {row: row for row in range(8)}), (batches[1], {row: row for row in range(8, 16)})]
+    for batch, at in trained:
+        batch.record(at, (-torch.ones(16, 2), torch.ones(16, 2)))
     replayer.collect()
     assert sorted(replayer.buffer.buckets()[1]) == ["qa", "qb", "qg", "qh"]
 

@@ -32,6 +32,12 @@ IDENTITY = "rollout_rows"
 COLUMNS = ("behavior_per_token_logps", "is_replayed", IDENTITY)
 
 
+def _selected(parts: Sequence[torch.Tensor], at: Sequence[int]) -> list[torch.Tensor]:
+    """Some rows of each of several tensors, all on one device; without their graph."""
+    index = torch.from_numpy(np.array(at)).to(parts[0].device)
+    return [part.detach().index_select(0, index) for part in parts]
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """What one process knows of a batch that the buffer needs: questions by group, completions and scores by row."""
@@ -214,8 +220,9 @@ class Batch:
     @property
     def fresh_pass_rate(self) -> float:
         """Share of the generated rollouts that are successes; NaN where none was generated."""
-        num_generated = self.is_fresh.sum() + len(self.replaced)
-        return float(self.is_correct[self.is_fresh].sum() / num_generated) if num_generated else math.nan
+        num_generated = np.count_nonzero(self.is_fresh) + len(self.replaced)
+        num_correct = np.count_nonzero(self.is_correct & self.is_fresh)
+        return float(num_correct / num_generated) if num_generated else math.nan
 
     @property
     def shows_own_prompts(self) -> bool:
@@ -252,21 +259,23 @@ class Batch:
                 Gives the id of the question of a row and its group.
         """
         placed: list[Any] = []
-        examples: dict[int, dict[str, Any]] = {}
+        examples: dict[int, tuple[dict[str, Any], bool]] = {}  # of replayed groups, with whether there are tensors
         for position, row in enumerate(inputs):
             group, slot = divmod(self.first_row + position, self.group_size)
-            if group in self.replayed_questions:
-                self._examples[self._key(position)] = self.replayed_questions[group].example
+            key, question = self._key(position), self.replayed_questions.get(group)
+            if question is not None:
+                self._examples[key] = question.example
                 if group not in examples:  # to decode its images once
-                    examples[group] = opened(self.replayed_questions[group].example)
-                stored = placed_row(examples[group], row, self.stored.get(position))
+                    example = opened(question.example)
+                    examples[group] = example, find_device(example) is not None
+                example, has_tensors = examples[group]
+                stored = placed_row(example, row, self.stored.get(position))
                 # Questions are kept on the CPU; the data loader brings tensors of fresh rows to the device.
-                device = find_device(row)
+                device = find_device(row) if has_tensors else None
                 placed.append(stored if device is None else send_to_device(stored, device))
                 continue
             if slot == 0:
                 self.questions[group] = question_of_row(row, id_of(row, group))
-            key = self._key(position)
             if key not in self._examples:  # a copy, because reward functions may draw on images
                 known = self.questions.get(group) if slot == 0 or not self.may_differ else None
                 self._examples[key] = copied(shown_columns(row)) if known is None else known.example
@@ -440,7 +449,7 @@ class Batch:
             is_replayed[position] = True
         identity = np.empty((self.num_rows, 4), dtype=np.int64)
         identity[:, 0] = self.number
-        identity[:, 1] = range(self.first_row, self.first_row + self.num_rows)
+        identity[:, 1] = np.arange(self.first_row, self.first_row + self.num_rows)
         identity[:, 2] = [len(ids) for ids in self.token_ids]
         told = torch.from_numpy(identity).to(device)
         told[:, 3] = checksum(completion_ids, told[:, 2])
@@ -466,31 +475,30 @@ class Batch:
                 return entropies
         return torch.full_like(logps, torch.nan)
 
-    def record(self, rows: Sequence[int], logps: torch.Tensor, entropies: torch.Tensor) -> None:
+    def record(self, at: Mapping[int, int], forward: Forwarded) -> None:
         """
         Record what the policy that generated them says of the rows to be stored, once for each row.
 
         Args:
-            rows (`Sequence[int]`):
-                Rows of the batch.
-            logps, entropies (`torch.Tensor`):
-                Their log-probabilities and entropies in nats, shape `(len(rows), T)`; padding may be anything.
+            at (`Mapping[int, int]`):
+                Positions in the forward by row of the batch.
+            forward (`tuple[torch.Tensor, torch.Tensor]`):
+                Log-probabilities and entropies in nats, shape `(B, T)`; padding may be anything.
         """
-        wanted = [i for i, row in enumerate(rows) if row in self._storable and row not in self.experiences]
+        wanted = [row for row in at if row in self._storable and row not in self.experiences]
         if not wanted or self.is_collected:
             return
-        positions = [rows[i] - self.first_row for i in wanted]
+        positions = [row - self.first_row for row in wanted]
         lengths = [len(self.token_ids[position]) for position in positions]
+        logps, entropies = _selected(forward, [at[row] for row in wanted])
         is_written = np.arange(logps.size(1)) < np.array(lengths)[:, None]
         if self.fresh.masks is not None:
             masks = self.fresh.masks[positions]
             is_written &= masks
         is_own = torch.from_numpy(is_written).to(logps.device)
-        at = torch.tensor(wanted, device=logps.device)
-        of_rows = entropies.detach().index_select(0, at).float().masked_fill_(~is_own, 0.0)
-        means = of_rows.sum(-1) / is_own.sum(-1)
+        means = entropies.float().masked_fill_(~is_own, 0.0).sum(-1) / is_own.sum(-1)
         # All of them at once: every transfer waits for the device.
-        own_logps = logps.detach().index_select(0, at).float().cpu().numpy()
+        own_logps = logps.float().cpu().numpy()
         if self.fresh.masks is not None:  # of tokens that the model never weighed, anything may come
             own_logps = np.where(masks, own_logps, 0.0)
         is_plain = self.fresh.is_plain
@@ -499,21 +507,21 @@ class Batch:
             own_logps[:, : max(lengths)],
             lengths,
             policy_version=self.policy_version,
-            rewards=self.rewards.flat[[rows[i] for i in wanted]].tolist(),
-            entropies=means.tolist(),
-            prompt_hashes=[self._prompt_hash(position) for position in positions],
+            rewards=self.rewards.flat[wanted],
+            entropies=means.cpu().numpy(),
+            prompt_hashes=self._hashes_of(positions),
             details=[None if is_plain else self._details(position) for position in positions],
         )
-        self.experiences.update(zip((rows[i] for i in wanted), made, strict=True))
+        self.experiences.update(zip(wanted, made, strict=True))
 
     def score_replayed(
-        self, positions: Mapping[int, int], inputs: Mapping[str, torch.Tensor], forward: Forwarded, global_step: int
+        self, at: Mapping[int, int], inputs: Mapping[str, torch.Tensor], forward: Forwarded, global_step: int
     ) -> None:
         """
         Keep what a forward that trains stored completions says of them, once for each row.
 
         Args:
-            positions (`Mapping[int, int]`):
+            at (`Mapping[int, int]`):
                 Positions in the micro-batch by row of the batch.
             inputs (`Mapping[str, torch.Tensor]`):
                 Inputs of the loss: masks and `behavior_per_token_logps`, shape `(B, T)`.
@@ -522,17 +530,14 @@ class Batch:
             global_step (`int`):
                 Optimizer steps of this run before the forward.
         """
-        wanted = {row: at for row, at in positions.items() if row in self.stored_rows and row not in self.scores}
+        wanted = [row for row in at if row in self.stored_rows and row not in self.scores]
         if not wanted or self.is_collected:
             return
-        at = torch.tensor(list(wanted.values()), device=forward[0].device)
-
-        def of_rows(values: torch.Tensor) -> torch.Tensor:
-            return values.detach().index_select(0, at)
-
-        mask = loss_mask({name: of_rows(inputs[name]) for name in ("completion_mask", "tool_mask") if name in inputs})
-        logps, entropies = map(of_rows, forward)
-        scores = mean_scores(logps, entropies, of_rows(inputs["behavior_per_token_logps"]), mask.bool())
+        names = [name for name in ("completion_mask", "tool_mask") if name in inputs]
+        parts = (*forward, inputs["behavior_per_token_logps"], *(inputs[name] for name in names))
+        logps, entropies, behavior_logps, *masks = _selected(parts, [at[row] for row in wanted])
+        mask = loss_mask(dict(zip(names, masks, strict=True)))
+        scores = mean_scores(logps, entropies, behavior_logps, mask.bool())
         for row, of_row in zip(wanted, scores, strict=True):
             if not math.isnan(of_row.entropy):  # NaN where nothing of the row is trained
                 self.scores[row] = of_row, self.policy_version + global_step - self.global_step
@@ -555,10 +560,12 @@ class Batch:
             None if self.rewards_per_func is None else self.rewards_per_func[row].tolist(),
         )
 
-    def _prompt_hash(self, position: int) -> int:
+    def _hashes_of(self, positions: Sequence[int]) -> list[int]:
         # Prompts of a group are the same, unless an environment or a function has made them.
-        key = position if self.shows_own_prompts else self._key(position)
-        if key not in self._prompt_hashes:
+        keys = positions if self.shows_own_prompts else [self._key(position) for position in positions]
+        for key, position in zip(keys, positions, strict=True):
+            if key in self._prompt_hashes:
+                continue
             ids, mask = self._prompts
             own = ids[position][mask[position]]
             # Images of one size have the same tokens.
@@ -566,7 +573,7 @@ class Batch:
             self._prompt_hashes[key] = prompt_hash(own, digests)
             if self.may_differ and digests:
                 self._images[self.first_row + position] = tuple(digests)
-        return self._prompt_hashes[key]
+        return [self._prompt_hashes[key] for key in keys]
 
     # What comes of it
 

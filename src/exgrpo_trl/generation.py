@@ -93,7 +93,8 @@ class GenerationHooks(GRPOTrainer):
             old_logps = output.get("old_per_token_logps")
             if old_logps is not None:
                 entropies = batch.entropies_of(old_logps, loss_mask(output).bool())
-                batch.record(range(batch.first_row, batch.first_row + batch.num_rows), old_logps, entropies)
+                at = {batch.first_row + position: position for position in range(batch.num_rows)}
+                batch.record(at, (old_logps, entropies))
             return output
 
     def _generate_single_turn(

@@ -256,14 +256,14 @@ class ReplayMetrics:
         if not replays:
             return
         staleness = [batch.policy_version - replay.experience.policy_version for replay in replays]
-        entropies = [replay.entropy for replay in replays if replay.entropy is not None]
+        entropies = np.array([replay.entropy for replay in replays if replay.entropy is not None])
         self.add(
             {
                 "replay/reward": _nanmean(batch.rewards[~is_fresh]),
                 "replay/group_pass_rate": _mean(batch.is_correct[groups][is_fresh[groups]]),
-                "replay/staleness_mean": float(np.mean(staleness)),
+                "replay/staleness_mean": sum(staleness) / len(staleness),
                 "replay/staleness_max": max(staleness),
-                "replay/entropy": float(np.mean(entropies)) if entropies else np.nan,
+                "replay/entropy": _mean(entropies),
             }
         )
 
@@ -337,23 +337,22 @@ def importance_ratio_metrics(log_ratios: np.ndarray) -> dict[str, float]:
 
 
 def _nanmean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
+    return _mean(values[~np.isnan(values)])
 
 
 def _stds(values: np.ndarray) -> np.ndarray:
     """Standard deviation of each row that has a number, NaN left out; what `np.nanstd` gives, without its detours."""
     is_known = ~np.isnan(values)
-    num_known = is_known.sum(axis=1, keepdims=True)
-    has_any = num_known[:, 0] > 0
-    values, is_known, num_known = values[has_any], is_known[has_any], num_known[has_any]
-    means = np.where(is_known, values, 0.0).sum(axis=1, keepdims=True) / num_known
-    deviations = np.where(is_known, values - means, 0.0)
-    return np.asarray(np.sqrt((deviations * deviations).sum(axis=1) / num_known[:, 0]))
+    num_known = is_known.sum(axis=1)
+    divisors = np.maximum(num_known, 1)
+    means = np.where(is_known, values, 0.0).sum(axis=1) / divisors
+    deviations = np.where(is_known, values - means[:, None], 0.0)
+    return np.asarray(np.sqrt((deviations * deviations).sum(axis=1) / divisors)[num_known > 0])
 
 
 def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if values.size else float("nan")
+    # What `np.mean` gives, without its detours.
+    return float(np.add.reduce(values, dtype=np.float64)) / values.size if values.size else math.nan
 
 
 def _has_no_signal(fresh: np.ndarray) -> np.ndarray:

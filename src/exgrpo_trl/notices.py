@@ -91,7 +91,7 @@ class Notices:
         self._num_batches += 1
         self._num_replaying += bool(batch.replays)
         self._num_replayed += len(batch.replays)
-        self._num_successes += int((batch.is_correct & batch.is_fresh).sum())
+        self._num_successes += int(np.count_nonzero(batch.is_correct & batch.is_fresh))
         self._doubt_rewards(batch)
         self._doubt_threshold(batch)
         if not batch.plan.is_started and self.args.replay_start_pass_rate is not None:
@@ -101,7 +101,7 @@ class Notices:
                 logger.warning(self._waiting())
 
     def _doubt_rewards(self, batch: Batch) -> None:
-        num_infinite = int(np.isinf(batch.rewards[batch.is_fresh]).sum())
+        num_infinite = int(np.count_nonzero(np.isinf(batch.rewards) & batch.is_fresh))
         if num_infinite and not self._num_infinite:
             logger.warning(
                 f"The rewards of {num_infinite} completions of a generation batch are infinite: they are not stored, "

@@ -25,6 +25,7 @@ MAX_LOG_PROBABILITY = 1e-4
 MIN_LOG_PROBABILITY = float(np.finfo(np.float32).min)
 _TOKENS_SHOWN = 6
 
+_set = object.__setattr__  # a field of a frozen record that is only being made
 _LOW_HALF = 0 if sys.byteorder == "little" else 1  # of the two int32 that make an int64
 
 
@@ -198,8 +199,8 @@ class Experience:
         lengths: Sequence[int],
         *,
         policy_version: int,
-        rewards: Sequence[float],
-        entropies: Sequence[float],
+        rewards: NDArray[np.floating[Any]],
+        entropies: NDArray[np.floating[Any]],
         prompt_hashes: Sequence[int],
         details: Sequence[RolloutDetails | None],
     ) -> list[Experience]:
@@ -213,8 +214,10 @@ class Experience:
                 Number of tokens of each row.
             policy_version (`int`):
                 Global optimizer step at which they were generated.
-            rewards, entropies, prompt_hashes, details (`Sequence`):
+            rewards, entropies (array of shape `(N,)`):
                 One of each for every row.
+            prompt_hashes, details (`Sequence`):
+                Likewise.
 
         Raises:
             ValueError: if a value of a row is out of range.
@@ -222,12 +225,15 @@ class Experience:
         is_padding = np.arange(token_ids.shape[1]) >= np.asarray(lengths)[:, None]
         ids = np.where(is_padding, 0, token_ids)
         logps = np.where(is_padding, np.float32(0), behavior_per_token_logps)
-        # NaN fails the comparisons of log-probabilities.
-        is_right = ids.min() >= 0 and ids.max() <= MAX_TOKEN_ID
-        is_right &= bool((logps >= MIN_LOG_PROBABILITY).all() and (logps <= MAX_LOG_PROBABILITY).all())
-        is_right &= min(lengths) > 0 and bool(np.isfinite(rewards).all()) and not np.isinf(entropies).any()
-        own = list(zip(ids.astype(np.int32), logps, lengths, strict=True))
-        rest = list(zip(rewards, entropies, prompt_hashes, details, strict=True))
+        # NaN is the minimum and the maximum of what holds one, and fails both comparisons.
+        is_right = (
+            min(lengths) > 0
+            and 0 <= ids.min() <= ids.max() <= MAX_TOKEN_ID
+            and MIN_LOG_PROBABILITY <= logps.min() <= logps.max() <= MAX_LOG_PROBABILITY
+            and np.isfinite(rewards).all()
+            and not np.isinf(entropies).any()
+        )
+        rest = list(zip(rewards.tolist(), entropies.tolist(), prompt_hashes, details, strict=True))
         if not is_right or any(of_row is not None and of_row.run_bytes for of_row in details):
             return [
                 cls.create(
@@ -239,12 +245,16 @@ class Experience:
                     prompt_hash=prompt_hash,
                     details=of_row,
                 )
-                for (ids, logps, length), (reward, entropy, prompt_hash, of_row) in zip(own, rest, strict=True)
+                for ids, logps, length, (reward, entropy, prompt_hash, of_row) in zip(
+                    ids.astype(np.int32), logps, lengths, rest, strict=True
+                )
             ]
         version = _checked_policy_version(policy_version)
+        id_bytes, logp_bytes = ids.astype(np.int32).tobytes(), logps.astype(np.float32, copy=False).tobytes()
+        begins = range(0, len(id_bytes), 4 * ids.shape[1])
         return [
-            cls(ids[:length].tobytes(), logps[:length].tobytes(), version, *of_row)
-            for (ids, logps, length), of_row in zip(own, rest, strict=True)
+            cls(id_bytes[begin : begin + 4 * length], logp_bytes[begin : begin + 4 * length], version, *of_row)
+            for begin, length, of_row in zip(begins, lengths, rest, strict=True)
         ]
 
     @property
@@ -341,9 +351,10 @@ class Reuse:
             logps = logps[experience.is_model]
         likelihood = float(np.add.reduce(logps, dtype=np.float64)) / num_model_tokens if num_model_tokens else math.nan
         known = object.__new__(cls)  # from a checked record, and often: not checked again
-        values = (0, experience.entropy, -likelihood, experience.policy_version)
-        for name, value in zip(cls.__slots__, values, strict=True):
-            object.__setattr__(known, name, value)
+        _set(known, "num_replays", 0)
+        _set(known, "entropy", experience.entropy)
+        _set(known, "negative_log_likelihood", -likelihood)
+        _set(known, "scored_at", experience.policy_version)
         return known
 
 

@@ -43,8 +43,8 @@ from .success import SuccessRule
 
 logger: Any = logging.get_logger(__name__)
 
-# A batch with positions in a micro-batch, and the rows of the batch that are there.
-TrainedRows = tuple[Batch, list[int], list[int]]
+# A batch with positions in a micro-batch, by row of the batch.
+TrainedRows = tuple[Batch, dict[int, int]]
 
 # Of the state that a buffer keeps for the trainer. 1: without the strategies.
 _STATE_VERSION = 2
@@ -307,7 +307,9 @@ class Replayer:
             admission = self.strategies.admission(rewards, is_correct, batch.is_fresh)
             # Stored successes say nothing of the present policy.
             is_told = batch.is_fresh.sum(axis=1) >= batch.group_size - 1
-            return rewards, is_correct, replace(admission, is_solved=admission.is_solved & is_told)
+            if not is_told.all():
+                admission = replace(admission, is_solved=admission.is_solved & is_told)
+            return rewards, is_correct, admission
 
         batch.admit(*self.processes.decide("deciding what to store", judge), output)
 
@@ -330,15 +332,17 @@ class Replayer:
         if len(identity) != len(completion_ids):
             raise ValueError(f"{len(completion_ids)} completions have the identity of {len(identity)}")
         now = checksum(completion_ids, identity[:, 2])
-        found: dict[int, tuple[list[int], list[int]]] = {}
-        for position, (number, row, _, before, after) in enumerate(torch.cat([identity, now[:, None]], 1).tolist()):
-            if before != after:
-                raise ValueError(f"row {row} holds other tokens in the loss than when it was generated")
-            positions, rows = found.setdefault(number, ([], []))
-            positions.append(position)
-            rows.append(row)
-        trained = [(self._open[number], *places) for number, places in found.items() if number in self._open]
-        for batch, _, _ in trained:
+        told = torch.cat([identity, now[:, None]], 1).cpu().numpy()
+        is_other = (told[:, 3] != told[:, 4]) | (told[:, 2] > completion_ids.size(1))
+        if is_other.any():
+            row = told[is_other.argmax(), 1]
+            raise ValueError(f"row {row} holds other tokens in the loss than when it was generated")
+        numbers, rows = told[:, 0].tolist(), told[:, 1].tolist()
+        found: dict[int, dict[int, int]] = {number: {} for number in numbers}
+        for position, (number, row) in enumerate(zip(numbers, rows, strict=True)):
+            found[number][row] = position
+        trained = [(self._open[number], at) for number, at in found.items() if number in self._open]
+        for batch, _ in trained:
             if not batch.is_trained:
                 batch.is_trained = True
                 self.metrics.add_batch(batch)

@@ -60,9 +60,9 @@ def _reason_to_evict(
 ) -> str | None:
     """Why a completion, or the completions of a group, should leave; `None` if they may stay."""
     rows = [replay.row for replay in of_one]
-    is_worth, rewards = batch.admission.is_worth_storing.flat[rows], batch.rewards.flat[rows]
-    is_done = is_worth.all() or not is_worth.any() if args.replays_groups else not is_worth.all()
-    if is_done and not np.isnan(rewards).any():
+    is_worth, rewards = (of_all.flat[rows].tolist() for of_all in (batch.admission.is_worth_storing, batch.rewards))
+    is_done = all(is_worth) or not any(is_worth) if args.replays_groups else not all(is_worth)
+    if is_done and not any(map(math.isnan, rewards)):
         return "incorrect"
     if args.max_drift is not None:
         # NaN where a row was not trained: then nothing is known.

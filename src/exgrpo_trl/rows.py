@@ -34,7 +34,7 @@ def loss_mask(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def checksum(completion_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """
-    Numbers that differ where tokens differ, whatever the padding.
+    Numbers that differ where tokens differ or are missing, whatever the padding.
 
     Args:
         completion_ids (`torch.Tensor`):
@@ -44,12 +44,11 @@ def checksum(completion_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
 
     Returns:
         `torch.Tensor`:
-            Integers of shape `(B,)`; -1 where there are fewer columns than tokens.
+            Integers of shape `(B,)`.
     """
     positions, weights = _weights(completion_ids.size(1), completion_ids.device)
     is_own = positions < lengths.unsqueeze(1)
-    sums = ((completion_ids + 1) * weights * is_own).sum(1)
-    return torch.where(lengths <= completion_ids.size(1), sums, -1)
+    return ((completion_ids + 1) * weights * is_own).sum(1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -98,7 +97,7 @@ def check_rows(
     padded = output["completion_ids"].cpu().numpy()
     if len(padded) != num_rows or len(token_ids) != num_rows:
         raise ValueError(f"{len(padded)} rows came back and {len(token_ids)} were rewarded, of {num_rows}")
-    lengths = np.fromiter(map(len, token_ids), dtype=np.int64, count=len(token_ids))
+    lengths = np.array([len(ids) for ids in token_ids])
     for position, experience in stored.items():
         if experience.token_ids.tolist() != list(token_ids[position]):
             raise ValueError(
@@ -106,15 +105,22 @@ def check_rows(
             )
     rewarded = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=int(lengths.sum()))
     is_own = np.arange(padded.shape[1]) < lengths[:, None]
-    if (lengths > padded.shape[1]).any() or not np.array_equal(padded[is_own], rewarded):
+    if lengths.max() > padded.shape[1] or not np.array_equal(padded[is_own], rewarded):
         positions = range(len(token_ids))
         row = next(p for p in positions if not np.array_equal(padded[p, : lengths[p]], token_ids[p]))
         raise ValueError(f"row {first_row + row} holds other tokens than those that were rewarded")
     # TRL's own replay lost the masks, and trained on what tools had said (TRL #6439).
     masks = loss_mask(output).bool().cpu().numpy()
+    num_trained = (masks & is_own).sum(axis=1).tolist()
     for position in stored if told_masks is None else range(len(token_ids)):
-        told = stored[position].is_model if position in stored else np.asarray(told_masks[position], dtype=bool)  # type: ignore[index]
-        of_row = masks[position, : lengths[position]]
-        if of_row.any() and not np.array_equal(of_row, told):  # none: truncated, and not trained
+        if not num_trained[position]:
+            continue  # truncated, and not trained
+        own = stored.get(position)
+        if own is not None and own.num_model_tokens == own.num_tokens:
+            is_as_told = num_trained[position] == own.num_tokens
+        else:
+            told = np.asarray(told_masks[position], dtype=bool) if own is None else own.is_model  # type: ignore[index]
+            is_as_told = np.array_equal(masks[position, : lengths[position]], told)
+        if not is_as_told:
             raise ValueError(f"row {first_row + position} trains on other tokens than those the model wrote")
     return padded

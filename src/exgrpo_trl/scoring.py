@@ -175,7 +175,6 @@ def _of_tokens(
     return logps, entropies, behavior_logps.to(device), mask.to(device)
 
 
-@torch.no_grad()
 def mean_scores(
     logps: torch.Tensor, entropies: torch.Tensor, behavior_logps: torch.Tensor, mask: torch.Tensor
 ) -> list[Scores]:
@@ -190,7 +189,7 @@ def mean_scores(
             Which tokens the model wrote, booleans of shape `(B, T)`.
     """
     logps, entropies = logps.float(), entropies.float()
-    of_tokens = torch.stack([entropies, logps, (logps - behavior_logps.float()).abs()])
+    of_tokens = torch.stack([entropies, logps, (logps - behavior_logps.float()).abs_()])
     means = torch.where(mask, of_tokens, 0.0).sum(-1) / mask.sum(-1)
     # All of them at once: every transfer waits for the device.
     return [Scores(entropy, -logp, None if math.isnan(drift) else drift) for entropy, logp, drift in means.T.tolist()]

@@ -10,7 +10,7 @@ from .config import ExGRPOConfig
 from .plan import Choice, plan_rows, rows_of_group, spare
 from .prompts import Prompts, Shown
 from .questions import Replayable
-from .records import Candidate, Experience, Question, Replay, Scores
+from .records import Candidate, Experience, Question, Replay, Reuse, Scores
 from .scoring import Prompted
 from .strategies import COMPLETION_SELECTORS, Strategies
 from .strategies.samplers import check_drawn
@@ -60,6 +60,7 @@ class Selection:
         self.drifted: list[tuple[str, Experience]] = []
         self.agreements: list[bool] = []
         self.choices: dict[int, Choice] = {}
+        self._reuses: dict[Experience, Reuse] = {}  # looked up already: none changes before the choice is made
 
     def draw(self, policy_version: int, num_questions: int, resting: Collection[str] = ()) -> None:
         """
@@ -104,8 +105,13 @@ class Selection:
         except KeyError:
             return ()
 
+    def _reuse(self, experience: Experience) -> Reuse:
+        if experience not in self._reuses:
+            self._reuses[experience] = self.buffer.reuse(experience)
+        return self._reuses[experience]
+
     def _known(self, experience: Experience) -> Candidate:
-        reuse = self.buffer.reuse(experience)
+        reuse = self._reuse(experience)
         return Candidate(experience, reuse.entropy, reuse.negative_log_likelihood)
 
     @property
@@ -240,5 +246,5 @@ class Selection:
         buckets = self.buffer.buckets().items()
         bucket = next((bucket for bucket, ids in buckets if question_id in ids), None)
         # A buffer of the user may not know.
-        reuse = self.buffer.reuse(chosen.experience) if hasattr(self.buffer, "reuse") else None
+        reuse = self._reuse(chosen.experience) if hasattr(self.buffer, "reuse") else None
         self.choices[row] = Choice(chosen, tuple(competitors), bucket, reuse)

@@ -374,9 +374,9 @@ class ExGRPOTrainer(GenerationHooks):
     ) -> None:
         """Record the behaviour policy of fresh rows, and weight the replayed ones, before TRL computes its loss."""
         forward = per_token_logps, entropies
-        for batch, positions, rows in batches:
-            batch.record(rows, per_token_logps[positions], entropies[positions])  # what was not recorded at generation
-            batch.score_replayed(dict(zip(rows, positions, strict=True)), inputs, forward, self.state.global_step)
+        for batch, at in batches:
+            batch.record(at, forward)  # what was not recorded at generation
+            batch.score_replayed(at, inputs, forward, self.state.global_step)
         log_ratios = show_replayed(
             shown,
             inputs,

@@ -408,11 +408,9 @@ class ExperienceBuffer:
         Returns:
             `bool`: whether it was stored.
         """
-        found = self._store.find(question_id, experience)
-        if found is None:
-            return False
-        self.num_evicted += self._store.remove(question_id, found)
-        return True
+        num_left = self._store.remove(question_id, experience)
+        self.num_evicted += num_left
+        return num_left > 0
 
     def evict_older_than(self, policy_version: int) -> int:
         """
@@ -661,8 +659,8 @@ class ExperienceBuffer:
             self._evict_by_rule(None)
 
     def _apply_question_limit(self, question_id: str) -> None:
-        stored = self._store.questions.get(question_id)
-        while stored and self._max_per_question is not None and len(stored) > self._max_per_question:
+        stored = self._store.questions.get(question_id, ())
+        while self._max_per_question is not None and len(stored) > self._max_per_question:
             self._evict_by_rule(question_id)
 
     def _evict_by_rule(self, question_id: str | None) -> None:

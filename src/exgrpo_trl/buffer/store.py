@@ -74,12 +74,15 @@ class Store:
 
     def remove(self, question_id: str, experience: Experience) -> int:
         """
-        Remove a stored completion with what belongs to it, and its question with the last one.
+        Remove a completion that [`~Store.find`] finds, with what belongs to it, and its question with the last one.
 
         Returns the number of completions that left.
         """
-        stored = self.questions[question_id]
-        leaving = stored.remove(experience)
+        stored = self.questions.get(question_id)
+        found = None if stored is None else stored.find(experience)
+        if stored is None or found is None:
+            return 0
+        leaving = stored.remove(found)
         for left in leaving:
             self._forget(left)
         if not len(stored):
