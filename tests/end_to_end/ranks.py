@@ -23,6 +23,7 @@ PRELOADED = [
     "trl.trainer.grpo_trainer",
     "exgrpo_trl.trainer",
     "tiny",
+    "frozen",
 ]
 
 _NATIVE = {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_MIXED_PRECISION": "no"}
