@@ -19,6 +19,8 @@ from transformers.utils.notebook import NotebookProgressCallback
 from exgrpo_trl.notebook import COLUMNS, ReplayProgress
 from exgrpo_trl.replay_log import read_replay_log
 
+pytest.importorskip("matplotlib", reason="the notebook ends with a report: `make test` installs matplotlib")
+
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "replay.ipynb"
 
 
