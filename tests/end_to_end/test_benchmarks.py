@@ -367,10 +367,12 @@ def test_targets_of_step_cost_are_judged_as_computed_by_hand():
     assert (one.is_met, four.is_met) == (True, False)  # the middle of 2.9 / 3, 2.9 / 3, 6.2 / 6; of 1.1, 1.1, 0.55
     # 1.6 s for 32 completions; 0.4 s for four of each of two questions; 0.3 of 3 s.
     assert four.cause.startswith("8 scored at 50 ms, 2 not generated at 50 ms; bookkeeping +10.0%, loss")
-    logged = [seconds(3.0), seconds(3.003), seconds(3.3)]
-    with_log = {"ExGRPO 0.5, 4 stored": logged, "ExGRPO 0.5, 4 stored, no log of replays": [seconds(3.0)] * 3}
+    logged = [seconds(3.0, collection=more) for more in (0.1, 0.106, 0.109)]
+    not_logged = [seconds(3.0, collection=0.09, selection=0.01)] * 3
+    with_log = {"ExGRPO 0.5, 4 stored": logged, "ExGRPO 0.5, 4 stored, no log of replays": not_logged}
     of_log = step_summary.targets_of([{"size": size, "steps": {"GRPO": logged, **with_log}}])[-1]
-    assert (of_log.measured, of_log.is_met) == ("1.0010 (1.0005 to 1.0505)", True)
+    # 0, 6 and 9 ms of 3 s.
+    assert (of_log.measured, of_log.is_met) == ("1.0017 ± 0.0007", True)
     slow_loss = {"GRPO": [seconds(3.0)], "slow": [seconds(4.0) | {"loss": 1.6}]}
     assert step_summary.ratios(slow_loss, "slow").tolist() == [4 / 3]
     np.testing.assert_allclose(step_summary.ratios(slow_loss, "slow", same_loss=True), [3.4 / 3])
