@@ -9,8 +9,8 @@ Reward functions, datasets, PEFT and all that is done with the model are TRL's `
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import trl
@@ -20,6 +20,7 @@ from trl import GRPOConfig, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts import grpo
 
+from .compatibility import wrapped_value
 from .config import ExGRPOConfig
 from .trainer import ExGRPOTrainer
 
@@ -127,18 +128,9 @@ def train(parsed: Sequence[Any]) -> None:
         raise RuntimeError(refused)
 
 
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def _replaced(owner: Any, name: str, value: Any) -> AbstractContextManager[None]:
     """Let another object stand for an attribute for a while; where there is none, nothing is done."""
-    if not hasattr(owner, name):
-        yield
-        return
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+    return wrapped_value(owner, name, value) if hasattr(owner, name) else nullcontext()
 
 
 if __name__ == "__main__":
