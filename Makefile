@@ -158,7 +158,7 @@ $(VENV_VLLM)/.dev: pyproject.toml constraints.txt examples/requirements.txt
 	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) $(TORCH)
 	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) -c constraints.txt $(VLLM) > $(VENV_VLLM)/install.log 2>&1 \
 		|| cat $(VENV_VLLM)/install.log
-	$(VENV_VLLM)/bin/pip uninstall $(PIP_OPTIONS) --yes torchvision torchaudio torchcodec
+	$(VENV_VLLM)/bin/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
 	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) -c constraints.txt -e ".[test,math]" -r examples/requirements.txt
 	$(VENV_VLLM)/bin/pip install $(PIP_OPTIONS) --no-deps --upgrade --target $(VENV_VLLM)/oldest $(OLDEST_FOR_VLLM)
 	touch $@
