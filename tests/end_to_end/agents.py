@@ -402,7 +402,7 @@ class Rollouts:
     """
     A rollout function: the model writes, somebody else says `tool:42`, the model writes again.
 
-    Every row takes the same number of forwards, so that sharded models do not hang.
+    It takes the same number of forwards whatever is written, so that sharded models do not hang.
 
     Args:
         whole_groups: Read one prompt per group, as functions for a vLLM server do.
@@ -418,45 +418,46 @@ class Rollouts:
         mode = "num_generations" if trainer.model.training else "num_generations_eval"
         if self.whole_groups:
             prompts = [prompt for prompt in prompts[:: getattr(trainer, mode)] for _ in range(getattr(trainer, mode))]
-        output: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "env_mask": []}
-        output |= {"score": [], "style": "plain"}
-        for prompt in prompts:
-            prompt_ids, completion_ids, logprobs, mask = self._row(prompt, trainer)
-            output["prompt_ids"].append(prompt_ids)
-            output["completion_ids"].append(completion_ids)
-            output["logprobs"].append(logprobs)
-            output["env_mask"].append(mask)
-            output["score"].append(sum(completion_ids[:3]) % 7 / 7)
-        return output
-
-    def _row(self, prompt: Any, trainer: Any) -> tuple[list[int], list[int], list[float], list[int]]:
-        tokenizer, model = trainer.processing_class, trainer.model
-        prompt_ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **trainer.chat_template_kwargs
-        )
-        first, first_logprobs = self._write(prompt_ids, trainer, model)
+        tokenizer = trainer.processing_class
+        template = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        prompt_ids = [
+            tokenizer.apply_chat_template(prompt, **template, **trainer.chat_template_kwargs) for prompt in prompts
+        ]
+        first = self._write(prompt_ids, trainer)
         said = tokenizer("\ntool:42\nassistant:", add_special_tokens=False)["input_ids"]
-        second, second_logprobs = self._write(prompt_ids + first + said, trainer, model)
-        return (
-            prompt_ids,
-            first + said + second,
-            first_logprobs + [0.0] * len(said) + second_logprobs,
-            [1] * len(first) + [0] * len(said) + [1] * len(second),
-        )
+        second = self._write([ids + one + said for ids, (one, _) in zip(prompt_ids, first, strict=True)], trainer)
+        turns = [(*one, *two) for one, two in zip(first, second, strict=True)]
+        completion_ids = [one + said + two for one, _, two, _ in turns]
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": completion_ids,
+            "logprobs": [of_one + [0.0] * len(said) + of_two for _, of_one, _, of_two in turns],
+            "env_mask": [[1] * len(one) + [0] * len(said) + [1] * len(two) for one, _, two, _ in turns],
+            "score": [sum(ids[:3]) % 7 / 7 for ids in completion_ids],
+            "style": "plain",
+        }
 
-    def _write(self, ids: list[int], trainer: Any, model: Any) -> tuple[list[int], list[float]]:
-        written: list[int] = []
-        logprobs: list[float] = []
-        device = trainer.accelerator.device
+    def _write(self, rows: list[list[int]], trainer: Any) -> list[tuple[list[int], list[float]]]:
+        """A turn of every row, with its log-probabilities."""
+        eos, device = trainer.processing_class.eos_token_id, trainer.accelerator.device
+        longest = max(map(len, rows), default=0)
+        ids = torch.tensor([[eos] * (longest - len(row)) + row for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        logprobs = []
         with torch.no_grad():
             for _ in range(self.turn):
-                logits = model(input_ids=torch.tensor([ids + written], device=device)).logits[0, -1]
+                positions = torch.arange(ids.size(1), device=device) - (longest - lengths)[:, None]
+                inputs = {"attention_mask": (positions >= 0).long(), "position_ids": positions.clamp(min=0)}
+                logits = trainer.model(input_ids=ids, **inputs).logits[:, -1]
                 distribution = torch.log_softmax(logits.float() / trainer.temperature, dim=-1)
-                written.append(int(torch.multinomial(distribution.exp(), 1)))
-                logprobs.append(float(distribution[written[-1]]))
-        eos = trainer.processing_class.eos_token_id
-        length = written.index(eos) + 1 if eos in written else len(written)
-        return written[:length], logprobs[:length]
+                written = torch.multinomial(distribution.exp(), 1)
+                logprobs.append(distribution.gather(1, written))
+                ids = torch.cat([ids, written], dim=1)
+        all_written, all_logprobs = ids[:, longest:].tolist(), torch.cat(logprobs, dim=1).tolist()
+        kept = [written.index(eos) + 1 if eos in written else self.turn for written in all_written]
+        return [
+            (written[:num], of_row[:num]) for written, of_row, num in zip(all_written, all_logprobs, kept, strict=True)
+        ]
 
 
 # Datasets

@@ -3,14 +3,12 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 from example_runs import EXAMPLE, TINY, flags, write_questions
+from scripts import run_script
 from tiny import tiny_model, tiny_tokenizer
 
 from exgrpo_trl import ExGRPOConfig
@@ -20,16 +18,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the example needs {MISSI
 
 
 def run(*arguments, cwd):
-    environment = os.environ | {"TERM": "dumb", "COLUMNS": "100", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, str(EXAMPLE), *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    return run_script(EXAMPLE, *arguments, cwd=cwd)
 
 
 @pytest.fixture

@@ -1,16 +1,14 @@
 """examples/train_agent.py as a user runs it, at a tiny size, and the environment that it trains in."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from example_runs import flags
 from packaging.version import Version
+from scripts import run_script
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_agent.py"
 
@@ -36,15 +34,7 @@ TINY = {
 
 
 def run(options, cwd):
-    return subprocess.run(
-        [sys.executable, str(EXAMPLE), *flags(options)],
-        cwd=cwd,
-        env=os.environ | {"TERM": "dumb", "COLUMNS": "100", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    return run_script(EXAMPLE, *flags(options), cwd=cwd)
 
 
 def reported(name, text):

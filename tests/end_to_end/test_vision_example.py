@@ -1,11 +1,9 @@
 """examples/train_vision.py as a user runs it: pictures, a warm-up on the spot and replay, without a hub."""
 
-import os
 import re
-import subprocess
-import sys
 
 from example_runs import EXAMPLE, flags
+from scripts import run_script
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 # A model that is hardly warmed up solves nothing: all counts as a success, so that there is something to replay.
@@ -25,16 +23,7 @@ TINY = {
 
 
 def run(options, cwd):
-    environment = os.environ | {"TERM": "dumb", "COLUMNS": "100", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, str(EXAMPLE.with_name("train_vision.py")), *flags(options)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    return run_script(EXAMPLE.with_name("train_vision.py"), *flags(options), cwd=cwd)
 
 
 def shown(label, text):
