@@ -39,4 +39,4 @@ def run_script(script: Path, *arguments: Any, cwd: Path, timeout: float = 280) -
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(command, timeout, stdout, stderr)
-        return subprocess.CompletedProcess(command, process.exitcode or 0, stdout, stderr)
+        return subprocess.CompletedProcess(command, process.exitcode, stdout, stderr)
