@@ -1,7 +1,9 @@
 """Real processes on one machine: gloo, and the DDP, FSDP2 and DeepSpeed code of accelerate, on the CPU."""
 
 import faulthandler
+import gc
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import sys
@@ -146,11 +148,21 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def _start_server() -> None:
+    """Start the server that ranks are forked from, unless it runs; until Python 3.13 it has a path of its own."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
+
+
 def _child(rank: int, world: int, port: int, mode: str, folder: str, function: Any, arguments: tuple) -> None:
     with open(Path(folder) / f"rank{rank}.log", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         faulthandler.enable()
+        # What cannot be preloaded is left out silently.
+        assert gc.get_freeze_count(), "the server that forked this process has not imported all of PRELOADED"
         environment, options = MODES[mode]
         os.environ.update(
             environment,
@@ -177,12 +189,12 @@ class Ranks:
     """
     Processes that run a function; each process writes its output to `folder/rankN.log`.
 
-    Forked from a server that has imported everything and computed nothing, so a start takes a moment.
+    Forked from a server that has imported everything and made the tiny model, so a start takes a moment.
     """
 
     def __init__(self, function: Any, arguments: tuple, folder: Any, mode: str = "ddp", world: int = 2) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        _start_server()
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.folder, port = Path(folder), free_port()
         self.processes = [

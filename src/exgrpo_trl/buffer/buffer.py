@@ -465,16 +465,21 @@ class ExperienceBuffer:
         return {name: float(count) for name, count in counts.items()}
 
     def check_valid(self) -> tuple[bool, str]:
-        """Whether all invariants hold, and the reason if not. Walks the whole buffer: for tests and loading."""
+        """Whether all invariants hold, and the reason if not. Walks the whole buffer: for tests."""
+        reason = self._violation()
+        return not reason, reason
+
+    def _violation(self, *, has_checked_texts: bool = False) -> str:
+        """The first invariant that does not hold, or nothing. A load has looked into the texts of details before."""
         found = violations(
             self._store,
             self._retired,
             group_size=self._group_size,
             capacity=self._capacity,
             max_completions_per_question=self._max_per_question,
+            has_checked_texts=has_checked_texts,
         )
-        reason = next(found, "")
-        return not reason, reason
+        return next(found, "")
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save to a directory, see [`save_buffer`]."""

@@ -18,8 +18,13 @@ def violations(
     group_size: int | None,
     capacity: int | None,
     max_completions_per_question: int | None,
+    has_checked_texts: bool = False,
 ) -> Iterator[str]:
-    """What is wrong inside a buffer, one sentence each; nothing in a valid one. Walks the whole buffer."""
+    """
+    What is wrong inside a buffer, one sentence each; nothing in a valid one. Walks the whole buffer.
+
+    With `has_checked_texts`, [`check_texts`] has found that no text of a rollout refers to an image of another one.
+    """
     completions = tokens = 0
     for question_id, stored in store.questions.items():
         if question_id != stored.question.question_id:
@@ -47,6 +52,8 @@ def violations(
                 yield f"a completion of question {question_id!r} is not among those of its policy version"
             if experience.details is not None:
                 yield from _violations_of_details(question_id, experience.num_tokens, experience.details, store)
+                if not has_checked_texts:
+                    yield from _violations_of_texts(question_id, experience.details)
     if (completions, tokens) != (store.num_completions, store.num_tokens):
         yield f"{store.num_completions} completions with {store.num_tokens} tokens are counted, there are " + (
             f"{completions} with {tokens}"
@@ -71,11 +78,12 @@ def _violations_of_details(question_id: str, num_tokens: int, details: RolloutDe
     runs = memoryview(details.run_bytes).cast("i").tolist()  # mostly few: faster than the same with NumPy
     if runs and (min(runs) < 0 or sum(runs) != num_tokens):
         yield f"a completion of question {question_id!r} says who wrote {sum(runs)} of {num_tokens} tokens"
-    own = set()
-    for image in details.images:
-        own.add(image.digest)
-        if image not in store.images:
-            yield f"a completion of question {question_id!r} has an image that the buffer has not, or has twice"
+    if not all(image in store.images for image in details.images):
+        yield f"a completion of question {question_id!r} has an image that the buffer has not, or has twice"
+
+
+def _violations_of_texts(question_id: str, details: RolloutDetails) -> Iterator[str]:
+    own = {image.digest for image in details.images}
     for text in (details.messages_text, details.prompt_text, details.fields_text):
         if text is not None and (missing := set(referenced_digests(text)) - own):
             yield f"a completion of question {question_id!r} refers to the images {sorted(missing)}, which it has not"

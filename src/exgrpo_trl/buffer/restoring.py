@@ -112,10 +112,10 @@ def restored(
     with reading(directory, RETIRED_FILE):
         retired = _retired_in(directory)
     buffer._restore(parts, found.by_age, retired, found.reuse, images.values())
-    is_valid, reason = buffer.check_valid()
-    if is_valid and any(buffer.metrics()[name] != count for name, count in counts.items()):
-        is_valid, reason = False, f"{METADATA_FILE} says {counts}, and there are {buffer.metrics()}"
-    if not is_valid:
+    reason = buffer._violation(has_checked_texts=True)
+    if not reason and any(buffer.metrics()[name] != count for name, count in counts.items()):
+        reason = f"{METADATA_FILE} says {counts}, and there are {buffer.metrics()}"
+    if reason:
         fail(directory, f"contradicts itself: {reason} ({QUESTIONS_FILE}, {COMPLETIONS_FILE}). {RESUME_HINT}")
     return buffer
 
