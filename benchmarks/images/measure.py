@@ -144,17 +144,23 @@ def write_alone(file: Path, name: str, groups: list[pa.Table]) -> None:
 
 
 def recorded(repetitions: int) -> list[float]:
-    """Milliseconds to record a long rollout of several turns and to read it back, of each repetition."""
-    tokens, logps = np.arange(LONG_TOKENS), np.full(LONG_TOKENS, -0.5)
+    """Milliseconds to record a long rollout of several turns, to store it and to read it back, of each repetition."""
+    logps = np.full(LONG_TOKENS, -0.5)
+    every_tokens = iter(np.random.default_rng(0).integers(0, 150_000, (repetitions, LONG_TOKENS)))
+    buffer = ExperienceBuffer(group_size=GROUP_SIZE)
+    question = Question("q", {"prompt": [{"role": "user", "content": "x"}]})
     is_model = turns(LONG_TOKENS, TURNS)
     messages = [{"role": role, "content": "x" * 1500} for _ in range(TURNS) for role in ("assistant", "tool")]
 
     def once() -> None:
+        tokens = next(every_tokens)
         details = RolloutDetails.create(is_model=is_model, messages=messages, rewards={"correct": 1.0, "format": 0.5})
-        experience = Experience.create(tokens, logps, policy_version=0, reward=1.0, details=details)
+        recorded = Experience.create(tokens, logps, policy_version=0, reward=1.0, details=details)
+        buffer.collect(question, [recorded], num_correct=1, group_size=GROUP_SIZE)
+        experience = buffer.completions(question.question_id)[-1]
         assert experience.token_ids.size == experience.behavior_per_token_logps.size == experience.is_model.size
-        assert details is not None
-        assert len(details.messages) == 2 * TURNS
-        assert details.rewards
+        assert experience.details is not None
+        assert len(experience.details.messages) == 2 * TURNS
+        assert experience.details.rewards
 
     return [1e3 * seconds(once) for _ in range(repetitions)]

@@ -469,15 +469,15 @@ class ExperienceBuffer:
         reason = self._violation()
         return not reason, reason
 
-    def _violation(self, *, has_checked_texts: bool = False) -> str:
-        """The first invariant that does not hold, or nothing. A load has looked into the texts of details before."""
+    def _violation(self, *, has_checked_details: bool = False) -> str:
+        """The first invariant that does not hold, or nothing. A load has checked details before."""
         found = violations(
             self._store,
             self._retired,
             group_size=self._group_size,
             capacity=self._capacity,
             max_completions_per_question=self._max_per_question,
-            has_checked_texts=has_checked_texts,
+            has_checked_details=has_checked_details,
         )
         return next(found, "")
 

@@ -18,12 +18,12 @@ def violations(
     group_size: int | None,
     capacity: int | None,
     max_completions_per_question: int | None,
-    has_checked_texts: bool = False,
+    has_checked_details: bool = False,
 ) -> Iterator[str]:
     """
     What is wrong inside a buffer, one sentence each; nothing in a valid one. Walks the whole buffer.
 
-    With `has_checked_texts`, [`check_texts`] has found that no text of a rollout refers to an image of another one.
+    With `has_checked_details`, what rollouts have beyond tokens was looked into when it was made, as a load does.
     """
     completions = tokens = 0
     for question_id, stored in store.questions.items():
@@ -50,10 +50,8 @@ def violations(
                 yield f"a completion of question {question_id!r} has more or fewer log-probabilities than tokens"
             if store.versions.owner(experience) != question_id:
                 yield f"a completion of question {question_id!r} is not among those of its policy version"
-            if experience.details is not None:
+            if experience.details is not None and not has_checked_details:
                 yield from _violations_of_details(question_id, experience.num_tokens, experience.details, store)
-                if not has_checked_texts:
-                    yield from _violations_of_texts(question_id, experience.details)
     if (completions, tokens) != (store.num_completions, store.num_tokens):
         yield f"{store.num_completions} completions with {store.num_tokens} tokens are counted, there are " + (
             f"{completions} with {tokens}"
@@ -78,12 +76,11 @@ def _violations_of_details(question_id: str, num_tokens: int, details: RolloutDe
     runs = memoryview(details.run_bytes).cast("i").tolist()  # mostly few: faster than the same with NumPy
     if runs and (min(runs) < 0 or sum(runs) != num_tokens):
         yield f"a completion of question {question_id!r} says who wrote {sum(runs)} of {num_tokens} tokens"
-    if not all(image in store.images for image in details.images):
-        yield f"a completion of question {question_id!r} has an image that the buffer has not, or has twice"
-
-
-def _violations_of_texts(question_id: str, details: RolloutDetails) -> Iterator[str]:
-    own = {image.digest for image in details.images}
+    own = set()
+    for image in details.images:
+        own.add(image.digest)
+        if image not in store.images:
+            yield f"a completion of question {question_id!r} has an image that the buffer has not, or has twice"
     for text in (details.messages_text, details.prompt_text, details.fields_text):
         if text is not None and (missing := set(referenced_digests(text)) - own):
             yield f"a completion of question {question_id!r} refers to the images {sorted(missing)}, which it has not"

@@ -112,7 +112,7 @@ def restored(
     with reading(directory, RETIRED_FILE):
         retired = _retired_in(directory)
     buffer._restore(parts, found.by_age, retired, found.reuse, images.values())
-    reason = buffer._violation(has_checked_texts=True)
+    reason = buffer._violation(has_checked_details=True)
     if not reason and any(buffer.metrics()[name] != count for name, count in counts.items()):
         reason = f"{METADATA_FILE} says {counts}, and there are {buffer.metrics()}"
     if reason:
