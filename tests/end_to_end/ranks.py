@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import traceback
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,18 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _start_server() -> None:
-    """Start the server that ranks are forked from, unless it runs; until Python 3.13 it has a path of its own."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+def forked() -> ForkServerContext:
+    """
+    The context of processes that are forked from a server, which has imported everything and made the tiny model.
+
+    Whoever asks first starts it. Until Python 3.13 it has a path of its own.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def _child(rank: int, world: int, port: int, mode: str, folder: str, function: Any, arguments: tuple) -> None:
@@ -189,12 +196,11 @@ class Ranks:
     """
     Processes that run a function; each process writes its output to `folder/rankN.log`.
 
-    Forked from a server that has imported everything and made the tiny model, so a start takes a moment.
+    They are [`forked`], so a start takes a moment.
     """
 
     def __init__(self, function: Any, arguments: tuple, folder: Any, mode: str = "ddp", world: int = 2) -> None:
-        context = multiprocessing.get_context("forkserver")
-        _start_server()
+        context = forked()
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.folder, port = Path(folder), free_port()
         self.processes = [

@@ -1,6 +1,5 @@
-"""Scripts in processes of their own, forked from a server that has imported what they import: they start at once."""
+"""Scripts in processes of their own, [`forked`], so they start at once."""
 
-import multiprocessing
 import os
 import runpy
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ranks import PRELOADED
+from ranks import forked
 
 
 def _script(script: str, arguments: list[str], cwd: str, environment: dict[str, str], outputs: list[Path]) -> None:
@@ -25,13 +24,11 @@ def _script(script: str, arguments: list[str], cwd: str, environment: dict[str, 
 
 def run_script(script: Path, *arguments: Any, cwd: Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:
     """Run a script as `python script arguments` in the directory `cwd` does, with what it prints as plain text."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     environment = os.environ | {"TERM": "dumb", "COLUMNS": "100", "CUDA_VISIBLE_DEVICES": ""}
     with TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         command = [str(script), *map(str, arguments)]
-        process = context.Process(target=_script, args=(command[0], command[1:], str(cwd), environment, outputs))
+        process = forked().Process(target=_script, args=(command[0], command[1:], str(cwd), environment, outputs))
         process.start()
         process.join(timeout)
         stdout, stderr = (path.read_text() if path.exists() else "" for path in outputs)
