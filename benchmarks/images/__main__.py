@@ -5,8 +5,9 @@ What rollouts of several turns and images cost: 10,000 rollouts with images, sav
     python -m benchmarks.images --short
 
 Beside it, what pyarrow alone takes for the same columns, in turn with it, and what it takes to record a rollout of
-4,000 tokens and 8 turns and to read it back. Loading and reading have processes of their own, as a resume is one. What
-pyarrow reads are tables, and a `bytes` object of every image; what the tables alone take is told beside it.
+4,000 tokens and 8 turns, to store it and to read it back. Loading and reading have processes of their own, as a resume
+is one. What pyarrow reads are tables, and a `bytes` object of every image; what the tables alone take is told beside
+it. Ratios are those of neighbours in time: a machine is not always as fast.
 
 Checksums are taken in a second thread, and a load reads tables in a third: where no core is free for these, a save and
 a load take longer, by half a second at most.
@@ -34,7 +35,7 @@ from benchmarks.images.measure import (
     seconds_to_read,
     seconds_to_read_tables,
 )
-from benchmarks.report import Target, middle, show, show_targets, with_spread, write
+from benchmarks.report import Target, middle, show, show_targets, write
 
 ROLLOUTS = 10_000
 IN_FRESH_PROCESSES = {
@@ -49,7 +50,7 @@ COLUMNS = ["rollouts", "MB", "save, s", "pyarrow, s", "load, s", "pyarrow, s", "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="once, with 1,000 rollouts")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/images.json"))
     arguments = parser.parse_args()
     num_rollouts, repetitions = (1000, 1) if arguments.short else (ROLLOUTS, arguments.repetitions)
@@ -83,13 +84,13 @@ def targets_of(results: list[dict[str, Any]]) -> list[Target]:
     """What was aimed at."""
 
     def of(name: str) -> np.ndarray:
-        """Median seconds of each repetition."""
-        return np.array([np.median(result[f"{name}_seconds"]) for result in results])
+        """Seconds of all turns of all repetitions."""
+        return np.concatenate([result[f"{name}_seconds"] for result in results])
 
     targets = []
     megabytes = results[0]["bytes_on_disk"] / 1e6
     # Their fastest reading: as they are kept, it takes as long as the system takes to find memory for them.
-    of_tables = with_spread(of("load") / [min(result["table_read_seconds"]) for result in results])
+    of_tables = middle(of("load") / np.repeat([min(result["table_read_seconds"]) for result in results], IN_TURN))
     for what, alone, with_what, besides in (
         ("save", "write", "", ""),
         ("load", "read", ", with images as `bytes`", f" ({of_tables} times the fastest reading of its tables alone)"),
@@ -100,10 +101,10 @@ def targets_of(results: list[dict[str, Any]]) -> list[Target]:
             Target(
                 f"{what} of {results[0]['rollouts']:,} rollouts with images",
                 f"at the speed of Parquet: at most 2 times pyarrow alone{with_what}",
-                f"{with_spread(seconds)} s, {with_spread(ratio)} times{besides}",
-                bool(ratio.mean() <= 2),
-                f"{megabytes:.0f} MB, which pyarrow {alone}s in {with_spread(of_pyarrow)} s; their checksums take "
-                f"{with_spread(of('checksum'))} s, in a second thread",
+                f"{middle(seconds)} s, {middle(ratio)} times{besides}",
+                bool(np.median(ratio) <= 2),
+                f"{megabytes:.0f} MB, which pyarrow {alone}s in {middle(of_pyarrow)} s; their checksums take "
+                f"{middle(of('checksum'))} s, in a second thread",
             )
         )
     times = [time for result in results for time in result["long_rollout_milliseconds"]]
