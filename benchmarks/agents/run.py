@@ -104,36 +104,42 @@ def imitation_folder(seed: int) -> Path:
     return folder
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Make a run; returns what its file holds."""
-    is_grpo, curve = run.method == "grpo", Curve()
-    model = LlamaForCausalLM.from_pretrained(imitation_folder(run.seed))
+def make_trainer(run: Run, output_dir: str, callbacks: list[TrainerCallback], **changes: Any) -> Any:
+    """The trainer of a run; `changes` are fields of its config."""
+    is_grpo = run.method == "grpo"
     train_mazes, held_out = mazes(NUM_TRAIN, NUM_HELD_OUT, run.seed)
     known = {field.name for field in fields(GRPOConfig if is_grpo else ExGRPOConfig)}
     options = {name: value for name, value in DEFAULTS.items() if name in known}
+    options |= METHODS[run.method] | {
+        "output_dir": output_dir,
+        "learning_rate": run.learning_rate,
+        "max_steps": run.steps,
+        "seed": run.seed,
+        "eval_strategy": "steps",
+        "eval_steps": EVERY,
+        "eval_on_start": True,
+        "per_device_eval_batch_size": NUM_HELD_OUT,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    trainer = (GRPOTrainer if is_grpo else ExGRPOTrainer)(
+        model=LlamaForCausalLM.from_pretrained(imitation_folder(run.seed)),
+        args=(GRPOConfig if is_grpo else ExGRPOConfig)(**options | changes),
+        train_dataset=train_mazes,
+        eval_dataset=held_out,
+        processing_class=make_tokenizer(),
+        environment_factory=Maze,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Make a run; returns what its file holds."""
+    curve = Curve()
     with tempfile.TemporaryDirectory() as output_dir:
-        options |= METHODS[run.method] | {
-            "output_dir": output_dir,
-            "learning_rate": run.learning_rate,
-            "max_steps": run.steps,
-            "seed": run.seed,
-            "eval_strategy": "steps",
-            "eval_steps": EVERY,
-            "eval_on_start": True,
-            "per_device_eval_batch_size": NUM_HELD_OUT,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        }
-        trainer = (GRPOTrainer if is_grpo else ExGRPOTrainer)(
-            model=model,
-            args=(GRPOConfig if is_grpo else ExGRPOConfig)(**options),
-            train_dataset=train_mazes,
-            eval_dataset=held_out,
-            processing_class=make_tokenizer(),
-            environment_factory=Maze,
-            callbacks=[curve],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = make_trainer(run, output_dir, [curve])
         trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     return {

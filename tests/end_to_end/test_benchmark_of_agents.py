@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the benchmarks draw: `make test` installs matplotlib, for the newest TRL")
 
-from benchmarks.agents import records, run, summary
+from benchmarks.agents import records, run, summary, timing
 from benchmarks.agents.run import Curve, Run
 from benchmarks.recorded import content_in
+from examples.train_agent import make_model, make_tokenizer
 
 
 def point(step, success):
@@ -78,3 +79,12 @@ def test_evaluations_count_neither_as_seconds_nor_as_steps_of_the_environment(mo
         {"step": 0, "seconds": 0.0, "environment_steps": 0, "success": 0.0},
         {"step": 1, "seconds": 5.0, "environment_steps": 100, "success": 0.5},
     ]
+
+
+def test_one_step_of_each_method_in_turn_is_timed(tmp_path, monkeypatch):
+    make_model(make_tokenizer(), 0).save_pretrained(tmp_path)
+    for module in (run, timing):
+        monkeypatch.setattr(module, "imitation_folder", lambda seed: tmp_path)
+    seconds = timing.seconds_in_turn(seed=0, steps=2)
+    assert list(seconds) == ["grpo", "shaped", "balanced"]
+    assert all(len(of_one) == 2 and min(of_one) > 0 for of_one in seconds.values())
