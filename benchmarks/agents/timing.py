@@ -25,8 +25,9 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.agents.run import METHODS, STEPS, Run, imitation_folder, make_trainer
 from benchmarks.report import middle, show, write
 from benchmarks.step_cost.steps import StepTimes, take_turns
+from examples.train_agent import DEFAULTS
 
-LEARNING_RATE = 5e-4  # of all recorded runs
+LEARNING_RATE = DEFAULTS["learning_rate"]  # as all recorded runs
 
 
 def seconds_in_turn(seed: int, steps: int) -> dict[str, list[float]]:
