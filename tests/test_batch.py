@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from exgrpo_trl import Admission, Experience, Question
-from exgrpo_trl.batch import COLUMNS, Batch, Share, checksum
+from exgrpo_trl.batch import COLUMNS, Batch, Share
 from exgrpo_trl.plan import Plan, plan_rows
 from exgrpo_trl.records import Replay, prompt_hash
+from exgrpo_trl.rows import checksums
 
 
 @pytest.mark.parametrize(("num_groups", "group_size"), [(1, 2), (4, 4), (6, 3), (16, 8), (7, 5), (128, 8)])
@@ -221,12 +222,31 @@ def test_what_came_back_is_compared_token_for_token():
 
 def test_checksums_tell_tokens_apart_and_not_padding():
     rows = [[1, 2, 3], [1, 2], [2, 1], [1, 2, 0], [0], [0, 0], [3, 2, 1], [150_000, 1], [1, 150_000]]
-    lengths = torch.tensor([len(row) for row in rows])
-    sums = checksum(padded(rows), lengths)
+    lengths = np.array([len(row) for row in rows])
+    narrow, wide = padded(rows).numpy(), padded(rows, width=7).numpy()
+    sums = checksums(narrow, lengths)
     assert len(set(sums.tolist())) == len(rows)
-    assert torch.equal(checksum(padded(rows, width=7), lengths), sums)
-    assert torch.equal(checksum(padded(rows, width=7) + (torch.arange(7) >= lengths[:, None]), lengths), sums)
-    assert torch.equal(checksum(padded(rows)[:, :2], lengths) == sums, lengths <= 2), "nor do missing tokens go unseen"
+    assert np.array_equal(checksums(wide, lengths), sums)
+    assert np.array_equal(checksums(wide + (np.arange(7) >= lengths[:, None]), lengths), sums)
+    assert np.array_equal(checksums(narrow[:, :2], lengths) == sums, lengths <= 2), "nor do missing tokens go unseen"
+
+
+class OfAppleSilicon(torch.Tensor):
+    """As on a device that knows no float64 (MPS): what stays there cannot become such."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.double:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return result.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else result
+
+
+def test_rewards_come_from_a_device_without_float64():
+    first, _ = two_processes()
+    first.take_rewards(torch.full((12, 1), 0.25).as_subclass(OfAppleSilicon), [[1]] * 6)
+    assert first.rewards_per_func.dtype == np.float64
+    assert first.rewards_per_func.tolist() == [[0.25]] * 12
 
 
 def test_rewards_of_another_number_are_refused():

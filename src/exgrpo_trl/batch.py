@@ -19,8 +19,8 @@ from .images import opened
 from .plan import Choice, Plan
 from .records import Experience, Question, Replay, Scores, prompt_hash
 from .rollout_details import RolloutDetails
-from .rows import check_rows, checksum, lacks_images, loss_mask
-from .scoring import mean_scores
+from .rows import check_rows, checksums, lacks_images, loss_mask
+from .scoring import masked_means, mean_scores, on_cpu
 from .strategies.admission import Admission
 from .values import copied
 
@@ -30,12 +30,6 @@ Forwarded = tuple[torch.Tensor, torch.Tensor]
 # What travels with the rows of a batch to their loss, and not to TRL's.
 IDENTITY = "rollout_rows"
 COLUMNS = ("behavior_per_token_logps", "is_replayed", IDENTITY)
-
-
-def _selected(parts: Sequence[torch.Tensor], at: Sequence[int]) -> list[torch.Tensor]:
-    """Some rows of each of several tensors, all on one device; without their graph."""
-    index = torch.from_numpy(np.array(at)).to(parts[0].device)
-    return [part.detach().index_select(0, index) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +303,7 @@ class Batch:
         num_rows = self.num_groups * self.group_size
         if rewards_per_func.ndim != 2 or len(rewards_per_func) != num_rows:
             raise ValueError(f"rewards have the shape {tuple(rewards_per_func.shape)}, of {num_rows} rows in all")
-        self.rewards_per_func, self.token_ids = rewards_per_func.double().cpu().numpy(), token_ids
+        self.rewards_per_func, self.token_ids = rewards_per_func.cpu().double().numpy(), token_ids
 
     def shown(
         self, groups: Collection[int], prompt_ids: Sequence[Sequence[int]]
@@ -376,7 +370,7 @@ class Batch:
         is_storable = is_storable[self.first_row : self.first_row + self.num_rows]
         # A truncated failure of a whole group is one, whether it is trained or not.
         if not self.stores_groups or "tool_mask" in output:
-            is_storable = is_storable & loss_mask(output).any(-1).cpu().numpy()
+            is_storable = is_storable & (loss_mask(output).cpu().numpy() != 0).any(-1)
         if "tool_mask" in output:
             self.fresh.masks = output["tool_mask"].bool().cpu().numpy()
         # Once for all rows: every transfer waits for the device.
@@ -450,13 +444,12 @@ class Batch:
         identity = np.empty((self.num_rows, 4), dtype=np.int64)
         identity[:, 0] = self.number
         identity[:, 1] = np.arange(self.first_row, self.first_row + self.num_rows)
-        identity[:, 2] = [len(ids) for ids in self.token_ids]
-        told = torch.from_numpy(identity).to(device)
-        told[:, 3] = checksum(completion_ids, told[:, 2])
+        identity[:, 2] = list(map(len, self.token_ids))
+        identity[:, 3] = checksums(completion_ids.cpu().numpy(), identity[:, 2])
         return {
             "behavior_per_token_logps": torch.from_numpy(behavior_logps).to(device),
             "is_replayed": torch.from_numpy(is_replayed).to(device),
-            IDENTITY: told,
+            IDENTITY: torch.from_numpy(identity).to(device),
         }
 
     def entropies_of(self, logps: torch.Tensor, is_own: torch.Tensor) -> torch.Tensor:
@@ -490,25 +483,22 @@ class Batch:
             return
         positions = [row - self.first_row for row in wanted]
         lengths = [len(self.token_ids[position]) for position in positions]
-        logps, entropies = _selected(forward, [at[row] for row in wanted])
-        is_written = np.arange(logps.size(1)) < np.array(lengths)[:, None]
-        if self.fresh.masks is not None:
-            masks = self.fresh.masks[positions]
-            is_written &= masks
-        is_own = torch.from_numpy(is_written).to(logps.device)
-        means = entropies.float().masked_fill_(~is_own, 0.0).sum(-1) / is_own.sum(-1)
-        # All of them at once: every transfer waits for the device.
-        own_logps = logps.float().cpu().numpy()
+        num_columns = max(lengths)
+        indices = [at[row] for row in wanted]
+        logps, entropies = (on_cpu(of_forward)[indices, :num_columns] for of_forward in forward)
+        is_own = np.arange(num_columns) < np.array(lengths)[:, None]
         if self.fresh.masks is not None:  # of tokens that the model never weighed, anything may come
-            own_logps = np.where(masks, own_logps, 0.0)
+            masks = self.fresh.masks[positions, :num_columns]
+            is_own &= masks
+            logps = np.where(masks, logps, np.float32(0))
         is_plain = self.fresh.is_plain
         made = Experience.of_rows(
-            self._ids_of(positions, max(lengths)),
-            own_logps[:, : max(lengths)],
+            self._ids_of(positions, num_columns),
+            logps,
             lengths,
             policy_version=self.policy_version,
             rewards=self.rewards.flat[wanted],
-            entropies=means.cpu().numpy(),
+            entropies=masked_means(entropies, is_own),
             prompt_hashes=self._hashes_of(positions),
             details=[None if is_plain else self._details(position) for position in positions],
         )
@@ -533,11 +523,10 @@ class Batch:
         wanted = [row for row in at if row in self.stored_rows and row not in self.scores]
         if not wanted or self.is_collected:
             return
-        names = [name for name in ("completion_mask", "tool_mask") if name in inputs]
-        parts = (*forward, inputs["behavior_per_token_logps"], *(inputs[name] for name in names))
-        logps, entropies, behavior_logps, *masks = _selected(parts, [at[row] for row in wanted])
-        mask = loss_mask(dict(zip(names, masks, strict=True)))
-        scores = mean_scores(logps, entropies, behavior_logps, mask.bool())
+        indices = [at[row] for row in wanted]
+        of_tokens = (*forward, inputs["behavior_per_token_logps"])
+        logps, entropies, behavior_logps = (on_cpu(part)[indices] for part in of_tokens)
+        scores = mean_scores(logps, entropies, behavior_logps, loss_mask(inputs).cpu().numpy()[indices] != 0)
         for row, of_row in zip(wanted, scores, strict=True):
             if not math.isnan(of_row.entropy):  # NaN where nothing of the row is trained
                 self.scores[row] = of_row, self.policy_version + global_step - self.global_step

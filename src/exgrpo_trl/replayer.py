@@ -33,7 +33,7 @@ from .questions import Replayable, TrainingQuestions
 from .records import Experience, Question, Replay, Scores
 from .replay_log_writer import ReplayLog
 from .reuse import REASONS, settle
-from .rows import checksum
+from .rows import checksums
 from .saved_state import count_of, flag_of, part_of
 from .scoring import Prompted, score_candidates, without_images
 from .selection import Selection
@@ -328,20 +328,20 @@ class Replayer:
         missing = [name for name in COLUMNS if name not in inputs]
         if missing:
             raise ValueError(f"the columns {missing} are missing from the inputs of the loss")
-        identity, completion_ids = inputs[IDENTITY], inputs["completion_ids"]
+        identity, completion_ids = (inputs[name].cpu().numpy() for name in (IDENTITY, "completion_ids"))
         if len(identity) != len(completion_ids):
             raise ValueError(f"{len(completion_ids)} completions have the identity of {len(identity)}")
-        now = checksum(completion_ids, identity[:, 2])
-        told = torch.cat([identity, now[:, None]], 1).cpu().numpy()
-        is_other = (told[:, 3] != told[:, 4]) | (told[:, 2] > completion_ids.size(1))
+        numbers, rows, lengths, then = identity.T
+        is_other = (checksums(completion_ids, lengths) != then) | (lengths > completion_ids.shape[1])
         if is_other.any():
-            row = told[is_other.argmax(), 1]
+            row = rows[is_other.argmax()]
             raise ValueError(f"row {row} holds other tokens in the loss than when it was generated")
-        numbers, rows = told[:, 0].tolist(), told[:, 1].tolist()
-        found: dict[int, dict[int, int]] = {number: {} for number in numbers}
-        for position, (number, row) in enumerate(zip(numbers, rows, strict=True)):
-            found[number][row] = position
-        trained = [(self._open[number], at) for number, at in found.items() if number in self._open]
+        trained: list[TrainedRows] = []
+        for number in dict.fromkeys(numbers.tolist()):
+            batch = self._open.get(number)
+            if batch is not None:
+                positions = np.flatnonzero(numbers == number)
+                trained.append((batch, dict(zip(rows[positions].tolist(), positions.tolist(), strict=True))))
         for batch, _ in trained:
             if not batch.is_trained:
                 batch.is_trained = True

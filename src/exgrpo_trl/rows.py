@@ -32,30 +32,29 @@ def loss_mask(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return mask * rows["tool_mask"] if "tool_mask" in rows else mask
 
 
-def checksum(completion_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def checksums(completion_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """
     Numbers that differ where tokens differ or are missing, whatever the padding.
 
     Args:
-        completion_ids (`torch.Tensor`):
+        completion_ids (`np.ndarray`):
             Completion ids with padding, shape `(B, T)`.
-        lengths (`torch.Tensor`):
+        lengths (`np.ndarray`):
             Number of tokens of each row, shape `(B,)`.
 
     Returns:
-        `torch.Tensor`:
+        `np.ndarray`:
             Integers of shape `(B,)`.
     """
-    positions, weights = _weights(completion_ids.size(1), completion_ids.device)
-    is_own = positions < lengths.unsqueeze(1)
-    return ((completion_ids + 1) * weights * is_own).sum(1)
+    positions, weights = _weights(completion_ids.shape[1])
+    return np.where(positions < lengths[:, None], completion_ids + 1, 0) @ weights
 
 
 @functools.lru_cache(maxsize=64)
-def _weights(num_columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(num_columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions, and powers of an odd number modulo 2^64."""
-    positions = torch.arange(num_columns, device=device)
-    return positions, torch.full_like(positions, 6364136223846793005).cumprod(0)
+    positions = np.arange(num_columns)
+    return positions, np.full_like(positions, 6364136223846793005).cumprod()
 
 
 def check_rows(
@@ -110,7 +109,7 @@ def check_rows(
         row = next(p for p in positions if not np.array_equal(padded[p, : lengths[p]], token_ids[p]))
         raise ValueError(f"row {first_row + row} holds other tokens than those that were rewarded")
     # TRL's own replay lost the masks, and trained on what tools had said (TRL #6439).
-    masks = loss_mask(output).bool().cpu().numpy()
+    masks = loss_mask(output).cpu().numpy() != 0
     num_trained = (masks & is_own).sum(axis=1).tolist()
     for position in stored if told_masks is None else range(len(token_ids)):
         if not num_trained[position]:

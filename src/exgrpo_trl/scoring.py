@@ -140,59 +140,65 @@ def score_tokens(
 ) -> list[TokenScores]:
     """Log-probability of every token of completions that the model wrote all of, under the current policy."""
     logps, entropies, _, mask = _of_tokens(prompted, forward, pad_token_id=pad_token_id, device=device)
-    means = (torch.where(mask, entropies.float(), 0.0).sum(-1) / mask.sum(-1)).tolist()
-    of_rows = logps.float().cpu().numpy()
     return [
         TokenScores(of_row[: len(of_one.completion)].copy(), mean)
-        for of_one, of_row, mean in zip(prompted, of_rows, means, strict=True)
+        for of_one, of_row, mean in zip(prompted, logps, masked_means(entropies, mask).tolist(), strict=True)
     ]
 
 
 def _of_tokens(
     prompted: Sequence[Prompted], forward: Forward, *, pad_token_id: int, device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """
     One forward: log-probabilities, entropies, log-probabilities of the behaviour policy and what the model wrote.
 
     All of shape `(B, T)`, padded on the right.
     """
     longest_prompt = max(len(of_one.prompt) for of_one in prompted)
-    longest_completion = max(len(of_one.completion) for of_one in prompted)
-    input_ids = torch.full((len(prompted), longest_prompt + longest_completion), pad_token_id)
+    shape = len(prompted), max(len(of_one.completion) for of_one in prompted)
+    input_ids = torch.full((shape[0], longest_prompt + shape[1]), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    mask = torch.zeros((len(prompted), longest_completion), dtype=torch.bool)
-    behavior_logps = torch.full((len(prompted), longest_completion), torch.nan)
+    mask, behavior_logps = np.zeros(shape, dtype=bool), np.full(shape, np.nan, dtype=np.float32)
     for row, of_one in enumerate(prompted):
         prompt, completion, is_model = of_one.prompt, of_one.completion, of_one.is_model
         begin, end = longest_prompt - len(prompt), longest_prompt + len(completion)
         input_ids[row, begin:longest_prompt] = torch.tensor(prompt, dtype=torch.long)
         input_ids[row, longest_prompt:end] = torch.from_numpy(completion.astype("int64"))
         attention_mask[row, begin:end] = 1
-        mask[row, : len(completion)] = True if is_model is None else torch.from_numpy(is_model)
+        mask[row, : len(completion)] = True if is_model is None else is_model
         if of_one.behavior_logps is not None:
-            behavior_logps[row, : len(completion)] = torch.tensor(of_one.behavior_logps)
-    logps, entropies = forward(input_ids.to(device), attention_mask.to(device), longest_completion)
-    return logps, entropies, behavior_logps.to(device), mask.to(device)
+            behavior_logps[row, : len(completion)] = of_one.behavior_logps
+    logps, entropies = forward(input_ids.to(device), attention_mask.to(device), shape[1])
+    return on_cpu(logps), on_cpu(entropies), behavior_logps, mask
 
 
 def mean_scores(
-    logps: torch.Tensor, entropies: torch.Tensor, behavior_logps: torch.Tensor, mask: torch.Tensor
+    logps: np.ndarray, entropies: np.ndarray, behavior_logps: np.ndarray, mask: np.ndarray
 ) -> list[Scores]:
     """
     Scores of completions, from what a forward says of their tokens.
 
     Args:
-        logps, entropies, behavior_logps (`torch.Tensor`):
+        logps, entropies, behavior_logps (`np.ndarray`):
             Log-probabilities under the policy of the forward, its entropies, and log-probabilities under the policy
-            that generated the completions (NaN where they are not given), nats, shape `(B, T)`.
-        mask (`torch.Tensor`):
+            that generated the completions (NaN where they are not given), nats, float32 of shape `(B, T)`.
+        mask (`np.ndarray`):
             Which tokens the model wrote, booleans of shape `(B, T)`.
     """
-    logps, entropies = logps.float(), entropies.float()
-    of_tokens = torch.stack([entropies, logps, (logps - behavior_logps.float()).abs_()])
-    means = torch.where(mask, of_tokens, 0.0).sum(-1) / mask.sum(-1)
-    # All of them at once: every transfer waits for the device.
+    means = masked_means(np.stack([entropies, logps, np.abs(logps - behavior_logps)]), mask)
     return [Scores(entropy, -logp, None if math.isnan(drift) else drift) for entropy, logp, drift in means.T.tolist()]
+
+
+def on_cpu(values: torch.Tensor) -> np.ndarray:
+    """Values of tokens in float32, without their graph."""
+    return values.detach().float().cpu().numpy()
+
+
+def masked_means(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Means over the tokens that the mask has, shape `(..., B)` of `(..., B, T)`; NaN where it has none."""
+    sums = np.where(mask, values, np.float32(0)).sum(-1, dtype=np.float64)
+    counts = mask.sum(-1)
+    return np.asarray(sums / np.where(counts > 0, counts, np.nan))
 
 
 @contextmanager
