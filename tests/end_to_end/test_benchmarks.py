@@ -169,15 +169,15 @@ def test_merging_takes_single_runs_into_the_parquet_file_without_loss(tmp_path):
 @recorded_only
 def test_the_committed_runs_round_trip_through_single_files(tmp_path):
     recorded = records.read(records.RECORDED)
-    assert len(recorded) == 262
+    assert len(recorded) == 286
     for run, result in recorded.items():
         run.file(tmp_path).write_text(json.dumps(result) + "\n")
-    assert records.merge(tmp_path, tmp_path / "learning.parquet") == 262
+    assert records.merge(tmp_path, tmp_path / "learning.parquet") == 286
     texts = {run: json.dumps(result) for run, result in records.read(tmp_path / "learning.parquet").items()}
     assert texts == {run: json.dumps(result) for run, result in recorded.items()}
     ways = set(stages.saving_runs(recorded))
     assert set(stages.tuning_runs() + stages.reported_runs(recorded)) == set(recorded) - ways
-    assert len(ways & set(recorded)) == 46
+    assert len(ways & set(recorded)) == 70
 
 
 def test_no_module_of_the_benchmarks_hides_one_of_the_standard_library():
