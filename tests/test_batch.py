@@ -237,7 +237,7 @@ class OfAppleSilicon(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is torch.Tensor.double:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
         result = super().__torch_function__(function, types, args, kwargs or {})
         return result.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else result
 
