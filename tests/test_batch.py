@@ -9,6 +9,7 @@ from exgrpo_trl.batch import COLUMNS, Batch, Share
 from exgrpo_trl.plan import Plan, plan_rows
 from exgrpo_trl.records import Replay, prompt_hash
 from exgrpo_trl.rows import checksums
+from exgrpo_trl.scoring import on_cpu
 
 
 @pytest.mark.parametrize(("num_groups", "group_size"), [(1, 2), (4, 4), (6, 3), (16, 8), (7, 5), (128, 8)])
@@ -146,7 +147,7 @@ def test_what_is_recorded():
     order = torch.tensor([4, 0, 1, 2, 3, 5])
     at = {row: position for position, row in enumerate(order.tolist())}
     entropies = torch.full((6, 4), 7.0).scatter(1, torch.zeros(6, 1, dtype=torch.long), 1.0)
-    first.record(at, (logps[order], entropies[order]))
+    first.record(at, (on_cpu(logps[order]), on_cpu(entropies[order])))
     assert sorted(first.experiences) == [0, 4]
     stored = first.experiences[4]
     assert stored.token_ids.tolist() == [14, 15]
@@ -154,7 +155,7 @@ def test_what_is_recorded():
     assert (stored.policy_version, stored.reward, stored.entropy) == (9, 1.0, 4.0)
     assert stored.prompt_hash == prompt_hash([1, 11])
     assert first.experiences[0].prompt_hash == prompt_hash([10]), "without padding"
-    first.record(at, (2 * logps[order], entropies[order]))
+    first.record(at, (on_cpu(2 * logps[order]), on_cpu(entropies[order])))
     assert first.experiences[4] is stored, "the first forward is that of the generating policy"
 
 
@@ -167,7 +168,7 @@ def test_nothing_is_recorded_before_replay_has_started_or_once_collected():
     second.is_collected = True
     for batch in (first, second):
         at = {batch.first_row + position: position for position in range(6)}
-        batch.record(at, (-torch.ones(6, 1), torch.ones(6, 1)))
+        batch.record(at, (-np.ones((6, 1), np.float32), np.ones((6, 1), np.float32)))
         assert batch.experiences == {}
     assert first.concerns_buffer.tolist() == [True, False, False, False], "solved questions alone"
 
@@ -193,7 +194,7 @@ def test_what_all_processes_know_is_united():
         batch.token_ids = [[1]] * 6
         admit(batch, is_worth_storing)
         at = {batch.first_row + position: position for position in range(6)}
-        batch.record(at, (-torch.ones(6, 1), torch.ones(6, 1)))
+        batch.record(at, (-np.ones((6, 1), np.float32), np.ones((6, 1), np.float32)))
     shares = [batch.share() for batch in (first, second)]
     assert shares[0] == Share({}, first.experiences, ("b",)), "group 1 had no success, group 0 is replayed"
     first.unite(shares)

@@ -22,6 +22,7 @@ from exgrpo_trl.processes import Processes
 from exgrpo_trl.prompts import Prompts
 from exgrpo_trl.questions import TrainingQuestions
 from exgrpo_trl.replayer import Replayer
+from exgrpo_trl.scoring import on_cpu
 from exgrpo_trl.strategies import Strategies
 from exgrpo_trl.success import SuccessRule
 
@@ -85,7 +86,7 @@ def step(replayer, rewards, global_step=0, names="abcd", is_trained=True):
     if is_trained:
         ((trained, at),) = replayer.trained_rows({"completion_ids": completion_ids, **batch.columns(completion_ids)})
         assert trained is batch
-        batch.record(at, (-mask, mask))
+        batch.record(at, (on_cpu(-mask), on_cpu(mask)))
     return batch
 
 
@@ -289,7 +290,7 @@ def test_rows_of_two_batches_may_be_trained_together():
     trained = replayer.trained_rows(mixed)
     assert trained == [(batches[0], {row: row for row in range(8)}), (batches[1], {row: row for row in range(8, 16)})]
     for batch, at in trained:
-        batch.record(at, (-torch.ones(16, 2), torch.ones(16, 2)))
+        batch.record(at, (on_cpu(-torch.ones(16, 2)), on_cpu(torch.ones(16, 2))))
     replayer.collect()
     assert sorted(replayer.buffer.buckets()[1]) == ["qa", "qb", "qg", "qh"]
 

@@ -19,13 +19,13 @@ from .images import opened
 from .plan import Choice, Plan
 from .records import Experience, Question, Replay, Scores, prompt_hash
 from .rollout_details import RolloutDetails
-from .rows import check_rows, checksums, lacks_images, loss_mask
-from .scoring import masked_means, mean_scores, on_cpu
+from .rows import check_rows, checksums, is_trained, lacks_images
+from .scoring import masked_means, mean_scores
 from .strategies.admission import Admission
 from .values import copied
 
-# Log-probabilities and entropies of tokens, shape (B, T).
-Forwarded = tuple[torch.Tensor, torch.Tensor]
+# Log-probabilities and entropies of tokens on the CPU, float32 of shape (B, T).
+Forwarded = tuple[np.ndarray, np.ndarray]
 
 # What travels with the rows of a batch to their loss, and not to TRL's.
 IDENTITY = "rollout_rows"
@@ -370,7 +370,7 @@ class Batch:
         is_storable = is_storable[self.first_row : self.first_row + self.num_rows]
         # A truncated failure of a whole group is one, whether it is trained or not.
         if not self.stores_groups or "tool_mask" in output:
-            is_storable = is_storable & (loss_mask(output).cpu().numpy() != 0).any(-1)
+            is_storable = is_storable & is_trained(output).any(-1)
         if "tool_mask" in output:
             self.fresh.masks = output["tool_mask"].bool().cpu().numpy()
         # Once for all rows: every transfer waits for the device.
@@ -475,7 +475,7 @@ class Batch:
         Args:
             at (`Mapping[int, int]`):
                 Positions in the forward by row of the batch.
-            forward (`tuple[torch.Tensor, torch.Tensor]`):
+            forward (`tuple[np.ndarray, np.ndarray]`):
                 Log-probabilities and entropies in nats, shape `(B, T)`; padding may be anything.
         """
         wanted = [row for row in at if row in self._storable and row not in self.experiences]
@@ -485,7 +485,7 @@ class Batch:
         lengths = [len(self.token_ids[position]) for position in positions]
         num_columns = max(lengths)
         indices = [at[row] for row in wanted]
-        logps, entropies = (on_cpu(of_forward)[indices, :num_columns] for of_forward in forward)
+        logps, entropies = (of_forward[indices, :num_columns] for of_forward in forward)
         is_own = np.arange(num_columns) < np.array(lengths)[:, None]
         if self.fresh.masks is not None:  # of tokens that the model never weighed, anything may come
             masks = self.fresh.masks[positions, :num_columns]
@@ -515,7 +515,7 @@ class Batch:
                 Positions in the micro-batch by row of the batch.
             inputs (`Mapping[str, torch.Tensor]`):
                 Inputs of the loss: masks and `behavior_per_token_logps`, shape `(B, T)`.
-            forward (`tuple[torch.Tensor, torch.Tensor]`):
+            forward (`tuple[np.ndarray, np.ndarray]`):
                 Log-probabilities and entropies in nats, shape `(B, T)`.
             global_step (`int`):
                 Optimizer steps of this run before the forward.
@@ -524,9 +524,8 @@ class Batch:
         if not wanted or self.is_collected:
             return
         indices = [at[row] for row in wanted]
-        of_tokens = (*forward, inputs["behavior_per_token_logps"])
-        logps, entropies, behavior_logps = (on_cpu(part)[indices] for part in of_tokens)
-        scores = mean_scores(logps, entropies, behavior_logps, loss_mask(inputs).cpu().numpy()[indices] != 0)
+        of_tokens = (*forward, inputs["behavior_per_token_logps"].cpu().numpy(), is_trained(inputs))
+        scores = mean_scores(*(part[indices] for part in of_tokens))
         for row, of_row in zip(wanted, scores, strict=True):
             if not math.isnan(of_row.entropy):  # NaN where nothing of the row is trained
                 self.scores[row] = of_row, self.policy_version + global_step - self.global_step

@@ -25,7 +25,7 @@ from .rollouts.functions import call_rollout_function
 from .rollouts.multi_turn import EvenTurns, put_stored_rollouts, snapshot
 from .rollouts.vllm import correct_fresh_only
 from .rows import lacks_images, loss_mask
-from .scoring import Prompted, evaluating, reshard, score_completions
+from .scoring import Prompted, evaluating, on_cpu, reshard, score_completions
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ class GenerationHooks(GRPOTrainer):
             if old_logps is not None:
                 entropies = batch.entropies_of(old_logps, loss_mask(output).bool())
                 at = {batch.first_row + position: position for position in range(batch.num_rows)}
-                batch.record(at, (old_logps, entropies))
+                batch.record(at, (on_cpu(old_logps), on_cpu(entropies)))
             return output
 
     def _generate_single_turn(

@@ -50,6 +50,7 @@ from .questions import TrainingQuestions, decodes_images
 from .records import ExperienceBufferError
 from .replayer import Replayer, TrainedRows
 from .rollouts import Rollouts, SingleTurnRollouts, VLLMRollouts
+from .scoring import on_cpu
 from .strategies import Strategies
 from .strategies.weighting import show_replayed
 from .success import SuccessRule
@@ -373,7 +374,7 @@ class ExGRPOTrainer(GenerationHooks):
         entropies: torch.Tensor,
     ) -> None:
         """Record the behaviour policy of fresh rows, and weight the replayed ones, before TRL computes its loss."""
-        forward = per_token_logps, entropies
+        forward = on_cpu(per_token_logps), on_cpu(entropies)  # once: a transfer waits for the device
         for batch, at in batches:
             batch.record(at, forward)  # what was not recorded at generation
             batch.score_replayed(at, inputs, forward, self.state.global_step)
