@@ -19,7 +19,7 @@ from .images import opened
 from .plan import Choice, Plan
 from .records import Experience, Question, Replay, Scores, prompt_hash
 from .rollout_details import RolloutDetails
-from .rows import check_rows, checksums, is_trained, lacks_images
+from .rows import check_rows, checksums, lacks_images, trained_tokens
 from .scoring import masked_means, mean_scores
 from .strategies.admission import Admission
 from .values import copied
@@ -370,7 +370,7 @@ class Batch:
         is_storable = is_storable[self.first_row : self.first_row + self.num_rows]
         # A truncated failure of a whole group is one, whether it is trained or not.
         if not self.stores_groups or "tool_mask" in output:
-            is_storable = is_storable & is_trained(output).any(-1)
+            is_storable = is_storable & trained_tokens(output).any(-1)
         if "tool_mask" in output:
             self.fresh.masks = output["tool_mask"].bool().cpu().numpy()
         # Once for all rows: every transfer waits for the device.
@@ -524,7 +524,7 @@ class Batch:
         if not wanted or self.is_collected:
             return
         indices = [at[row] for row in wanted]
-        of_tokens = (*forward, inputs["behavior_per_token_logps"].cpu().numpy(), is_trained(inputs))
+        of_tokens = (*forward, inputs["behavior_per_token_logps"].cpu().numpy(), trained_tokens(inputs))
         scores = mean_scores(*(part[indices] for part in of_tokens))
         for row, of_row in zip(wanted, scores, strict=True):
             if not math.isnan(of_row.entropy):  # NaN where nothing of the row is trained

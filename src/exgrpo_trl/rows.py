@@ -32,8 +32,8 @@ def loss_mask(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return mask * rows["tool_mask"] if "tool_mask" in rows else mask
 
 
-def is_trained(rows: Mapping[str, torch.Tensor]) -> np.ndarray:
-    """The same on the CPU, as booleans."""
+def trained_tokens(rows: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """Which tokens are trained, as `loss_mask` says: booleans of shape `(B, T)`, on the CPU."""
     return loss_mask(rows).cpu().numpy() != 0
 
 
@@ -114,7 +114,7 @@ def check_rows(
         row = next(p for p in positions if not np.array_equal(padded[p, : lengths[p]], token_ids[p]))
         raise ValueError(f"row {first_row + row} holds other tokens than those that were rewarded")
     # TRL's own replay lost the masks, and trained on what tools had said (TRL #6439).
-    masks = is_trained(output)
+    masks = trained_tokens(output)
     num_trained = (masks & is_own).sum(axis=1).tolist()
     for position in stored if told_masks is None else range(len(token_ids)):
         if not num_trained[position]:
